@@ -1,0 +1,256 @@
+"""Checkpoints that can be trusted, and a training loop that stops rather than goes wrong.
+
+A checkpoint counts only when `complete.json` stands in it: written last, with the size and hash of
+every file. Resume takes the newest checkpoint that still matches and sets the others aside.
+`protect` gives any Hugging Face Trainer this, agreed stopping on SIGTERM and SIGINT, and a stop
+before the update when the gradient is not finite. Why, with measurements: docs/checkpoints.md.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from llm_recipes import _compat
+from llm_recipes.errors import Diverged, Interrupted, UserError
+from llm_recipes.launch import asked_strategy
+
+MANIFEST = "complete.json"
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+        os.fsync(file.fileno())  # on the disk before the manifest vouches for it
+    return digest.hexdigest()
+
+
+def commit(folder: Path, **facts) -> None:
+    """Vouches for `folder` as it is now: hashes every file, then puts the manifest in place in one move."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    manifest = {**facts, "files": {str(f.relative_to(folder)): [f.stat().st_size, _digest(f)] for f in files}}
+    partial = folder / f"{MANIFEST}.partial"
+    with partial.open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / MANIFEST)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, None when it is as it was committed."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"].items()
+    except FileNotFoundError:
+        return "its save was not finished"
+    except (ValueError, KeyError, OSError) as error:
+        return f"{MANIFEST} is unreadable ({error})"
+    for name, (size, digest) in files:
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size or _digest(path) != digest:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and p.name[11:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[11:]), reverse=True)
+
+
+def find_checkpoint(args: TrainingArguments, resume: str) -> str | None:
+    """The checkpoint to continue from, the same on every rank; None to start fresh.
+
+    `auto` takes the newest undamaged one and renames damaged ones to `broken-checkpoint-N`; a path
+    must be undamaged, and newer checkpoints are renamed to `abandoned-checkpoint-N` so that the old
+    timeline cannot come back. Raises UserError when the launch cannot continue the checkpoint.
+    """
+    found = [None]
+    if args.process_index == 0:
+        found = [str(path) if (path := _choose(Path(args.output_dir), resume)) else None]
+    if args.world_size > 1:
+        broadcast_object_list(found)
+    if found[0] is not None:
+        written = json.loads((Path(found[0]) / MANIFEST).read_text())
+        now = {"strategy": asked_strategy(), "world_size": args.world_size}
+        sharded = "DeepSpeed" in written["strategy"] + now["strategy"]
+        if written["strategy"] != now["strategy"] and (sharded or "FSDP" in written["strategy"] + now["strategy"]):
+            raise UserError(f"{found[0]} was written under {written['strategy']} and cannot be continued under {now['strategy']}")
+        if sharded and written["world_size"] != now["world_size"]:
+            raise UserError(
+                f"{found[0]} was written by {written['world_size']} processes under {written['strategy']}: "
+                f"launch with --num_processes {written['world_size']}"
+            )
+    return found[0]
+
+
+def _choose(output_dir: Path, resume: str) -> Path | None:
+    if resume == "never":
+        if checkpoints(output_dir):
+            raise UserError(f"{output_dir} holds checkpoints of an earlier run: move it away, or use resume: auto")
+        return None
+    if resume != "auto":
+        chosen = Path(resume)
+        if reason := damage(chosen):
+            raise UserError(f"resume: {resume}: {reason}" if chosen.is_dir() else f"resume: {resume} does not exist")
+        for path in checkpoints(chosen.parent):
+            if int(path.name[11:]) > int(chosen.name[11:]):
+                _set_aside(path, "abandoned", "it is newer than the checkpoint asked for")
+        return chosen
+    for path in checkpoints(output_dir):
+        if not (reason := damage(path)):
+            return path
+        _set_aside(path, "broken", reason)
+    return None
+
+
+def _set_aside(path: Path, prefix: str, reason: str) -> None:
+    target = path.with_name(f"{prefix}-{path.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    path.rename(target)
+    print(f"{path}: {reason}; renamed to {target.name}", flush=True)
+
+
+class _AlreadyTrained(Exception):
+    """The checkpoint is at the last step; the Trainer would take one step too many."""
+
+
+class _Guard(TrainerCallback):
+    """State that the wrapped methods share, and the two events they need."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.signal, self.stopping, self.batches, self.handlers = trainer, None, False, [], {}
+        self.keep, trainer.args.save_total_limit = trainer.args.save_total_limit, None  # the library rotates too early
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise _AlreadyTrained
+        _compat.hook_deepspeed_norm(self.trainer, self.check_norm)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame):
+        self.signal = number
+        signal.signal(number, self.handlers[number])  # a second one acts at once
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.batches.clear()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        asked = torch.tensor([int(self.signal is not None)], device=args.device)
+        if args.world_size > 1:  # one rank may have the signal alone; they must leave at the same step
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        if asked.item():
+            self.stopping = control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def check_norm(self, norm) -> None:
+        """Raises Diverged on all ranks, with the windows whose loss is not finite."""
+        norm = float(norm)
+        if math.isfinite(norm) and norm >= 0:  # ZeRO reports a norm that is not finite as -1
+            return
+        losses = [(ids, loss) for ids, loss in self.batches if not math.isfinite(loss.item())]
+        rows = [row for ids, _ in losses or self.batches for row in ids.cpu().numpy()]
+        where = gather_object(locate(rows, self.trainer.train_dataset))
+        what = "the loss" if losses else "the gradient norm"
+        raise Diverged(
+            f"step {self.trainer.state.global_step + 1}: {what} is not finite; stopped before the update. "
+            f"Training windows: {', '.join(map(str, where))}. Lower learning_rate or look at the data; "
+            "the same command continues from the last checkpoint"
+        )
+
+
+def locate(rows: list[np.ndarray], dataset) -> list:
+    """Indices of `rows`, each `(T,)`, in a dataset of windows; for a stream the rows' first ids."""
+    if not isinstance(dataset, Dataset):
+        return [f"[{' '.join(map(str, row[:8]))} ...]" for row in rows]
+    wanted, found, start = {row.astype(np.int64).tobytes() for row in rows}, [], 0
+    for batch in dataset.with_format("numpy").iter(1000):
+        found += [start + i for i, row in enumerate(batch["input_ids"]) if row.astype(np.int64).tobytes() in wanted]
+        start += len(batch["input_ids"])
+    return found
+
+
+def protect(trainer: Trainer, after_save=None) -> None:
+    """Makes `trainer` save, stop and resume as this module promises. Call it once, before `train`.
+
+    `after_save(folder)` runs on rank 0 after each committed checkpoint.
+    """
+    guard = _Guard(trainer)
+    trainer.callback_handler.callbacks.insert(0, guard)
+    train, compute_loss = trainer.train, trainer.compute_loss
+    save, get_norm = _compat.methods(trainer)
+
+    def guarded_train(*args, **kwargs):
+        try:
+            return train(*args, **kwargs)
+        except _AlreadyTrained:
+            trainer.is_in_train = False
+
+    def recorded_loss(model, inputs, *args, **kwargs):
+        result = compute_loss(model, inputs, *args, **kwargs)
+        if model.training:
+            guard.batches.append((inputs["input_ids"], (result[0] if isinstance(result, tuple) else result).detach()))
+        return result
+
+    def checked_norm(*args, **kwargs):
+        norm = get_norm(*args, **kwargs)
+        if trainer.accelerator.scaler is None and not trainer.is_deepspeed_enabled:  # fp16 scaling skips such steps itself
+            guard.check_norm(norm)
+        return norm
+
+    def committed_save(model, trial):
+        args, step = trainer.args, trainer.state.global_step
+        folder = Path(args.output_dir) / f"checkpoint-{step}"
+        previous = next(iter(checkpoints(args.output_dir)), None)
+        size = sum(f.stat().st_size for f in previous.rglob("*") if f.is_file()) if previous else checkpoint_bytes(trainer.model)
+        if (free := shutil.disk_usage(args.output_dir).free) < size:
+            raise UserError(f"{folder}: needs {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; {_kept(previous)}")
+        try:
+            save(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(f"{folder} could not be written: {error}; {_kept(previous)}") from error
+        args.distributed_state.wait_for_everyone()
+        if args.process_index == 0:
+            commit(folder, step=step, strategy=asked_strategy(), world_size=args.world_size)
+            keep = {trainer.state.best_model_checkpoint and Path(trainer.state.best_model_checkpoint).name}
+            for old in [p for p in checkpoints(args.output_dir) if p.name not in keep][guard.keep or None :]:
+                (old / MANIFEST).unlink(missing_ok=True)  # first, so that a kill here leaves no half checkpoint that counts
+                shutil.rmtree(old)
+            if after_save:
+                after_save(folder)
+        if guard.stopping:
+            args.distributed_state.wait_for_everyone()
+            name = signal.Signals(guard.signal).name if guard.signal else "a signal on another rank"
+            raise Interrupted(f"{name}: saved {folder}; the same command continues from there")
+
+    trainer.train, trainer.compute_loss = guarded_train, recorded_loss
+    _compat.set_methods(trainer, committed_save, checked_norm)
+
+
+def _kept(previous: Path | None) -> str:
+    return f"{previous.name} is intact, the same command continues from there" if previous else "there was no checkpoint yet"
+
+
+def checkpoint_bytes(model) -> int:
+    """Estimate for a checkpoint: fp32 weights, AdamW's two moments, and the same again for files that ZeRO doubles."""
+    return 16 * sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

@@ -1,0 +1,370 @@
+"""Strict configuration: one YAML beside the script, overridden on the command line, nothing ignored.
+
+`parse` fills dataclasses (TrainingArguments, TRL configs and the few of ours below) from
+
+    run.py [--config file.yaml] [--key value | --key=value | --flag]
+
+With no `--config` it reads `config.yaml` beside the script. Relative paths, in the YAML too, are
+relative to the working directory. YAML 1.2 booleans: only `true` and `false` are booleans, so
+`eval_strategy: no` means the string it looks like, and `5e-7` is a number.
+"""
+
+import dataclasses
+import difflib
+import enum
+import math
+import os
+import re
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from llm_recipes.errors import UserError
+from llm_recipes.launch import check_launch, has_accelerator
+
+
+@dataclass
+class Source:
+    """One entry of `datasets`."""
+
+    path: str  # Hub id, local file or folder, `save_to_disk` folder, or builtin:<name>
+    name: str | None = None  # Hub configuration name
+    split: str = "train"
+    revision: str | None = None
+    data_files: str | list[str] | None = None
+    columns: dict[str, str] = field(default_factory=dict)  # ours: theirs, for example {text: content}
+    weight: float | None = None  # share of the final mixture in tokens; all sources have one, or none
+
+
+@dataclass
+class DataConfig:
+    datasets: list[Source] = field(
+        metadata={"help": "Sources, each with path and optionally name, split, revision, data_files, columns, weight."}
+    )
+    eval_fraction: float = field(
+        default=0.01, metadata={"help": "Share of the documents held out of training, drawn with `seed`."}
+    )
+    sequence_length: int = field(default=1024, metadata={"help": "Tokens a window."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Tokenize while training, for corpora larger than the disk. Needs max_steps."}
+    )
+
+
+@dataclass
+class TokenizerConfig:
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder. Without it a tokenizer is trained on the datasets."}
+    )
+    tokenizer_vocab_size: int | None = field(
+        default=None, metadata={"help": "Size of the tokenizer to train, special and spare ids included."}
+    )
+
+
+@dataclass
+class ModelConfig:
+    model_config: dict[str, typing.Any] | None = field(
+        default=None, metadata={"help": "Architecture trained from scratch: model_type and its configuration keys."}
+    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder to continue from."})
+    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the Hub model."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+
+
+@dataclass
+class RunConfig:
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences an optimizer step, over all processes. Accumulation is derived; "
+            "per_device_train_batch_size becomes the upper bound of the micro-batch."
+        },
+    )
+    resume: str = field(default="auto", metadata={"help": "auto, never, or the path of a checkpoint."})
+    dry_run: bool = field(default=False, metadata={"help": "Run every check, print the plan, train nothing."})
+    sample_prompts: list[str] = field(default_factory=list, metadata={"help": "Continued at the end of the run."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Push at the end; with hub_strategy every_save at every save."})
+    resolved: dict = field(init=False, default_factory=dict)  # every key of the run that is not at its default
+
+
+# TrainingArguments defaults that would lose something silently on this stack; a YAML may still set them.
+HOUSE_DEFAULTS = {
+    "logging_nan_inf_filter": False,  # the library default prints loss 0 for nan, and syncs every micro-step
+    "hub_strategy": "end",  # pushing at every save is asked for, not assumed
+    "ddp_find_unused_parameters": False,
+}
+
+# Keys of the libraries that a recipe must not take, and what to do instead.
+REFUSED = {
+    "hub_token": "tokens do not belong in configs: run `hf auth login` or set HF_TOKEN",
+    "resume_from_checkpoint": "use `resume: auto | never | <path>`",
+    "save_only_model": "a checkpoint without its optimizer cannot be resumed exactly",
+    "ignore_data_skip": "it would train on the same data twice after a resume",
+    "enable_jit_checkpoint": "SIGTERM already saves; this one loses exactness (docs/checkpoints.md)",
+    "auto_find_batch_size": "it changes the optimisation; set global_batch_size and per_device_train_batch_size",
+    "fsdp": "the strategy comes from accelerate_configs/",
+    "fsdp_config": "the strategy comes from accelerate_configs/",
+    "deepspeed": "the strategy comes from accelerate_configs/",
+    "parallelism_config": "the strategy comes from accelerate_configs/",
+}
+
+MINIMUM = {
+    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "eval_fraction": 0,
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "global_batch_size": 1, "sequence_length": 2, "save_total_limit": 1, "tokenizer_vocab_size": 1,
+}  # fmt: skip
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and reads YAML 1.2 booleans and floats."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag.rsplit(":", 1)[1] not in ("bool", "float")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        lines = {}
+        for key_node, _ in node.value:
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if key in lines:
+                raise yaml.MarkedYAMLError(problem=f"{key} is set twice (lines {lines[key]} and {line})")
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:[Tt]rue|TRUE|[Ff]alse|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.[\d_]+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    "-+0123456789.",
+)
+
+
+def load_yaml(path: str | Path) -> tuple[dict, dict[str, int]]:
+    """Mapping in `path` and the line of each of its keys. Raises UserError with file and line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read this config: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else path
+        raise UserError(f"{where}: {error.problem}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a config is a list of `key: value` lines; this file has none")
+    return values, {key.value: key.start_mark.line + 1 for key, _ in node.value}
+
+
+def _say(value) -> str:
+    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else repr(value)
+
+
+def cast(value, hint, choices=None):
+    """`value` as `hint` asks for it; ValueError in plain words when it does not fit."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"expects keys such as `path: ...`, got {_say(value)}")
+        return _fill(hint, value)
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None and type(None) in members:
+        return None
+    for kind in members:
+        if isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(value, str):
+            choices = [member.value for member in kind]
+        elif typing.get_origin(kind) is typing.Literal:
+            choices = typing.get_args(kind) if len(members) == 1 else choices
+    if choices and value not in choices:
+        raise ValueError(f"expects one of {', '.join(map(str, choices))}; got {_say(value)}")
+    problem = None
+    for kind in members:
+        origin = typing.get_origin(kind) or kind
+        if kind is typing.Any or origin is typing.Literal and value in typing.get_args(kind):
+            return value
+        if origin is bool and isinstance(value, bool):
+            return value
+        if origin is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ValueError(f"expects a finite number, got {value}")
+            return float(value)
+        if isinstance(origin, type) and issubclass(origin, str) and isinstance(value, str):
+            return value
+        if origin is dict and isinstance(value, dict):
+            inner = typing.get_args(kind)
+            return {key: cast(item, inner[1]) for key, item in value.items()} if inner else value
+        if origin is list and isinstance(value, list):
+            try:
+                return [cast(item, *typing.get_args(kind)) for item in value]
+            except ValueError as error:
+                problem = error
+        if isinstance(origin, type) and issubclass(origin, enum.Enum) and value in choices:
+            return value
+    if problem:
+        raise problem
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys and values"}
+    expected = " or ".join(
+        dict.fromkeys(
+            names.get(typing.get_origin(kind) or kind, "a list" if typing.get_origin(kind) is list else "text")
+            for kind in members
+            if kind is not type(None)
+        )
+    )
+    raise ValueError(f"expects {expected}, got {_say(value)}")
+
+
+def _unknown(key, known) -> str:
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
+    return f"unknown key `{key}`" + (f", did you mean `{near[0]}`?" if near else "")
+
+
+def _fill(cls, values: dict):
+    """Instance of dataclass `cls` from a mapping, as strict as the top level."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in values:
+        if key not in names:
+            raise ValueError(_unknown(key, names))
+    checked = {}
+    for key, value in values.items():
+        try:
+            checked[key] = cast(value, hints[key])
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+    try:
+        return cls(**checked)
+    except TypeError as error:  # a required key is missing
+        raise ValueError(str(error).split("() ", 1)[-1].replace("required positional argument", "key")) from error
+
+
+def _arguments(argv: list[str]) -> tuple[str | None, list[tuple[str, typing.Any]]]:
+    """(config path, [(key, value)]) of a command line; a value is parsed as YAML, a bare flag is true."""
+    config, pairs, rest = None, [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"`{word}` is not an option: write --key value")
+        key, has_value, value = word[2:].partition("=")
+        if not has_value:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        if key == "config":
+            config = value
+        else:
+            pairs.append((key.replace("-", "_"), value))
+    return config, pairs
+
+
+def parse(*dataclass_types, script: str, argv: list[str] | None = None) -> tuple:
+    """Instances of `dataclass_types`, filled from the YAML and the command line of `script`.
+
+    Derives `gradient_accumulation_steps` from `global_batch_size`, and the device and dtype where
+    the config leaves them open. Raises UserError with every problem found, one a line, each with
+    its place and the nearest real key. `--help` lists all keys.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = TrlParser(dataclass_types, conflict_handler="resolve")
+    if "--help" in argv or "-h" in argv:
+        parser.print_help()
+        sys.exit(0)
+    fields = {f.name: f for cls in reversed(dataclass_types) for f in dataclasses.fields(cls) if f.init}
+    hints = {key: hint for cls in dataclass_types for key, hint in typing.get_type_hints(cls).items() if key in fields}
+    choices = {key: list(f.metadata["choices"]) for key, f in fields.items() if "choices" in f.metadata}
+    defaults = {key: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for key, f in fields.items()}
+
+    config, pairs = _arguments(argv)
+    path = Path(config) if config else Path(script).resolve().parent / "config.yaml"
+    from_yaml, lines = load_yaml(path)
+    given = [(f"{_relative(path)}:{lines[str(key)]}", key, value) for key, value in from_yaml.items()]
+    for key, text in pairs:
+        if key in [k for where, k, _ in given if where == "command line"]:
+            raise UserError(f"command line: --{key} is given twice")
+        given.append(("command line", key, text))
+
+    values, problems = {}, []
+    for where, key, value in given:
+        if key in REFUSED:
+            problems.append(f"{where}: `{key}` is not taken: {REFUSED[key]}")
+        elif key not in hints:
+            problems.append(f"{where}: {_unknown(key, hints)}")
+        else:
+            try:
+                if where == "command line":
+                    value = _from_text(value, hints[key], choices.get(key))
+                values[key] = cast(value, hints[key], choices.get(key))
+                if key in MINIMUM and values[key] is not None and values[key] < MINIMUM[key]:
+                    raise ValueError(f"must be at least {MINIMUM[key]}, got {_say(values[key])}")
+            except ValueError as error:
+                problems.append(f"{where}: {key}: {error}")
+    required = [key for key, default in defaults.items() if default is dataclasses.MISSING]
+    problems += [f"{_relative(path)}: `{key}` is missing" for key in required if key not in {k for _, k, _ in given}]
+    if not problems and "per_device_train_batch_size" in hints:
+        problems = _derive(values) + check_launch()
+    if problems:
+        raise UserError("\n".join(problems))
+    try:
+        configs = parser.parse_dict(values)
+    except ValueError as error:  # TrainingArguments' own checks across keys
+        raise UserError(f"{_relative(path)}: {error}") from error
+    for part in configs:
+        if isinstance(part, RunConfig):
+            part.resolved = {key: _plain(value) for key, value in values.items() if value != defaults[key]}
+        if isinstance(part, TrainingArguments):
+            part.push_to_hub = False  # the recipe pushes, after everything is saved; the Trainer would lose failures
+    return configs
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return {key: item for key, item in vars(value).items() if item not in (None, {})}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _from_text(text, hint, choices):
+    """Command-line text as YAML where that fits `hint`, else as it stands."""
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return cast(value, hint, choices)
+    except (ValueError, yaml.YAMLError):
+        fits_text = str in (typing.get_args(hint) or (hint,))
+        return text if fits_text or "value" not in locals() else value
+
+
+def _relative(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _derive(values: dict) -> list[str]:
+    """Completes TrainingArguments' values for this machine and launch; returns problems."""
+    for key, value in HOUSE_DEFAULTS.items():
+        values.setdefault(key, value)
+    values.setdefault("use_cpu", not has_accelerator())
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision in ("bf16", "fp16"):
+        if values.get(precision) is False:
+            return [f"the accelerate config says mixed_precision: {precision}, the recipe says {precision}: false"]
+        values[precision] = True
+    elif not values.get("fp16"):
+        values.setdefault("bf16", not values["use_cpu"] and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+    if (batch := values.get("global_batch_size")) is None:
+        return []
+    if "gradient_accumulation_steps" in values:
+        return ["gradient_accumulation_steps is derived from global_batch_size: set one of them"]
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if batch % world_size:
+        return [f"global_batch_size {batch} does not divide over {world_size} processes: use a multiple of {world_size}"]
+    limit = values.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
+    per_rank = batch // world_size
+    micro_batch = max(size for size in range(1, min(limit, per_rank) + 1) if per_rank % size == 0)
+    values["per_device_train_batch_size"] = micro_batch
+    values["gradient_accumulation_steps"] = per_rank // micro_batch
+    return []

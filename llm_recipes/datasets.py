@@ -1,0 +1,321 @@
+"""From sources to windows: load, check, hold out, tokenize once, mix.
+
+A *document* is one row of text. A *window* is `sequence_length` consecutive tokens of the stream
+`doc EOS doc EOS ...`; nothing is lost at batch borders, only the tail of a source shorter than one
+window. Documents are shuffled before they are packed, windows again by the Trainer.
+
+The meaning of `weight`: the source's share of the tokens of the final mixture. Sources are never
+repeated; the mixture is as large as the scarcest source allows. Without weights everything is used.
+"""
+
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from filelock import FileLock
+
+from llm_recipes._compat import fingerprint, hasher
+from llm_recipes.config import DataConfig, Source
+from llm_recipes.errors import UserError
+
+BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+BATCH = 1000  # documents tokenized at a time
+
+
+def cache_dir() -> Path:
+    """Where windows and tokenizers trained on the spot are kept; inside the cache of `datasets`."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "llm_recipes"
+
+
+# ---- documents -----------------------------------------------------------------------------------
+
+
+def python_files(packages: bool) -> list[Path]:
+    """Source and documentation of the Python installation, sorted; with `packages` the installed ones instead."""
+    paths = sysconfig.get_paths()
+    root = Path(paths["purelib"] if packages else paths["stdlib"])
+    found = (path for path in root.rglob("*") if path.suffix in (".py", ".md", ".rst", ".txt") and path.is_file())
+    skip = {"test", "tests", "idle_test", "__pycache__"} | (set() if packages else {"site-packages", "dist-packages"})
+    return sorted(path for path in found if not skip & set(path.relative_to(root).parts))
+
+
+def _builtin(source: Source) -> Dataset:
+    if source.path != "builtin:python" or source.name not in (None, "packages"):
+        raise UserError(f"datasets: {source.path} (name: {source.name}) is not built in; there is builtin:python, name: packages")
+    rows = {"text": [], "path": []}
+    for path in python_files(source.name == "packages"):
+        try:
+            rows["text"].append(path.read_text(encoding="utf-8"))
+            rows["path"].append(str(path))
+        except UnicodeDecodeError:  # a handful of files in older encodings
+            continue
+    return Dataset.from_dict(rows)
+
+
+def _local_files(source: Source, path: Path) -> tuple[str, list[str]]:
+    """(builder of `datasets`, files) of a file or folder."""
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in BUILDERS)
+    kinds = {BUILDERS.get(f.suffix) for f in files}
+    if len(kinds) != 1 or None in kinds:
+        what = ", ".join(sorted({f.suffix or "no extension" for f in files})) or "no data files"
+        raise UserError(f"datasets: {source.path} holds {what}; use one kind of {', '.join(BUILDERS)}")
+    return kinds.pop(), [str(f) for f in files]
+
+
+def load_source(source: Source, streaming: bool = False) -> Dataset | IterableDataset:
+    """One source as a dataset with the column `text`. Raises UserError that names what is missing."""
+    path = Path(source.path).expanduser()
+    try:
+        if source.path.startswith("builtin:"):
+            data = _builtin(source)
+            data = data.to_iterable_dataset() if streaming else data
+        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            data = datasets.load_from_disk(str(path))
+            if isinstance(data, datasets.DatasetDict):
+                if source.split not in data:
+                    raise UserError(f"datasets: {source.path} has no split {source.split}; it has {', '.join(data)}")
+                data = data[source.split]
+            data = data.to_iterable_dataset() if streaming else data
+        elif path.exists():
+            builder, files = _local_files(source, path)
+            whole = {"sample_by": "document"} if builder == "text" else {}
+            data = datasets.load_dataset(builder, data_files=files, split="train", streaming=streaming, **whole)
+        elif source.path.startswith((".", "/", "~")) or path.suffix in BUILDERS:
+            raise UserError(f"datasets: {source.path} does not exist (working directory: {Path.cwd()})")
+        else:
+            options = {"data_files": source.data_files, "revision": source.revision, "streaming": streaming}
+            data = datasets.load_dataset(source.path, source.name, split=source.split, **options)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise UserError(f"datasets: {source.path}: {_reason(error, path)}") from error
+    theirs = source.columns.get("text", "text")
+    for ours in set(source.columns) - {"text"}:
+        raise UserError(f"datasets: {source.path}: columns maps `{ours}`, but only `text` is read here")
+    features = data.features or {}
+    if theirs not in features:
+        raise UserError(f"datasets: {source.path} has no column {theirs}; it has {', '.join(features)}. Set columns: {{text: ...}}")
+    if getattr(features[theirs], "dtype", None) not in ("string", "large_string"):
+        raise UserError(f"datasets: {source.path}: column {theirs} holds {features[theirs]}, not text")
+    data = data.select_columns([theirs])
+    return data if theirs == "text" else data.rename_column(theirs, "text")
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """The cause at the bottom of an error of `datasets`, with the line for broken JSON."""
+    if path.suffix == ".jsonl" and path.is_file():
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                json.loads(line)
+            except ValueError as broken:
+                return f"line {number} is not valid JSON in UTF-8: {broken}"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, StopIteration) or path.is_file() and path.stat().st_size == 0:
+        return "no rows"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def texts(documents, name: str) -> Iterator[str]:
+    """Texts of `documents`; empty ones are left out. Raises UserError at the first row without text."""
+    for number, row in enumerate(documents):
+        text = row["text"]
+        if not isinstance(text, str):
+            raise UserError(f"datasets: {name}: row {number} has {text!r} where text belongs")
+        if text:
+            yield text
+
+
+class Documents(NamedTuple):
+    """A source's documents, split; `eval` is None when nothing is held out."""
+
+    source: Source
+    train: Dataset | IterableDataset
+    eval: Dataset | IterableDataset | None
+
+
+def load_documents(data: DataConfig, seed: int) -> list[Documents]:
+    """Every source of `data`, with `eval_fraction` of its documents held out and the rest shuffled.
+
+    The split depends on `seed` alone, so it is the same on every rank. Streams cannot be counted or
+    shuffled: there every k-th document is held out, k = 1 / eval_fraction, and the order stays.
+    """
+    return [Documents(source, *_hold_out(load_source(source, data.streaming), data, seed)) for source in data.datasets]
+
+
+def _hold_out(documents, data: DataConfig, seed: int):
+    if data.streaming:
+        if not data.eval_fraction:
+            return documents, None
+        every = round(1 / data.eval_fraction)
+        train = documents.filter(lambda _, i: i % every != 0, with_indices=True)
+        return train, documents.filter(lambda _, i: i % every == 0, with_indices=True)
+    if not data.eval_fraction:
+        return documents.shuffle(seed=seed), None
+    if len(documents) < 2:
+        raise UserError(f"datasets: {len(documents)} document(s) cannot be split: set eval_fraction: 0 or give more documents")
+    parts = documents.train_test_split(test_size=max(1, round(data.eval_fraction * len(documents))), seed=seed)
+    return parts["train"], parts["test"]
+
+
+def identity(documents: list[Documents], tokenizer) -> dict:
+    """What makes two runs train on the same data: fingerprints of the train documents and of the tokenizer."""
+    streamed = any(isinstance(part.train, IterableDataset) for part in documents)
+    data = [part.source.path if streamed else fingerprint(part.train) for part in documents]
+    return {"data": data, "tokenizer": hasher(tokenizer.backend_tokenizer.to_str())}
+
+
+# ---- windows -------------------------------------------------------------------------------------
+
+
+def token_stream(documents, tokenizer, name: str, stats: dict | None = None) -> Iterator[np.ndarray]:
+    """Token ids of `documents`, each followed by EOS. Text that looks like a special token stays text."""
+    tokenizer.backend_tokenizer.encode_special_tokens = True
+    source = texts(documents, name)
+    while batch := list(islice(source, BATCH)):
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        if stats is not None:
+            stats["documents"] += len(batch)
+            stats["bytes"] += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
+        for encoding in encodings:
+            yield np.asarray([*encoding.ids, tokenizer.eos_token_id], dtype=np.int32)
+
+
+def windows_of(stream: Iterator[np.ndarray], length: int, stats: dict | None = None) -> Iterator[np.ndarray]:
+    """Cuts a stream of id arrays into windows `(n, length)`, carrying the rest across documents."""
+    rest = np.empty(0, dtype=np.int32)
+    for ids in stream:
+        rest = np.concatenate([rest, ids])
+        full = len(rest) // length
+        if full:
+            yield rest[: full * length].reshape(full, length)
+            rest = rest[full * length :]
+    if stats is not None:
+        stats["tail"] = len(rest)
+
+
+def tokenize(documents: Dataset, tokenizer, length: int, name: str) -> tuple[Dataset, dict]:
+    """(windows, stats) of `documents`: column `input_ids` of `length` int32, memory-mapped.
+
+    Cached under data, tokenizer and length. One process does the work while the others wait at a
+    file lock, not in a collective, so no time-out ends them however long it takes. `stats` counts
+    documents, empty ones, bytes, windows, tokens, and the tail of tokens that fill no window.
+    """
+    key = hasher(fingerprint(documents), tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, length)
+    arrow, info = cache_dir() / f"{key}.arrow", cache_dir() / f"{key}.json"
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with FileLock(str(arrow) + ".lock"):
+        if not (arrow.is_file() and info.is_file()):
+            stats = {"documents": 0, "bytes": 0, "windows": 0, "tail": 0}
+            column = pa.list_(pa.int32(), length)
+            partial = arrow.with_suffix(f".{os.getpid()}.partial")
+            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, pa.schema({"input_ids": column})) as out:
+                for block in windows_of(token_stream(documents, tokenizer, name, stats), length, stats):
+                    stats["windows"] += len(block)
+                    out.write_batch(pa.record_batch({"input_ids": pa.FixedSizeListArray.from_arrays(block.reshape(-1), length)}))
+            stats["empty"] = len(documents) - stats["documents"]
+            stats["tokens"] = stats["windows"] * length
+            info.write_text(json.dumps(stats))
+            os.replace(partial, arrow)
+    return Dataset.from_file(str(arrow)).with_format("numpy"), json.loads(info.read_text())
+
+
+def mix(parts: list[Dataset], weights: list[float | None], seed: int) -> tuple[Dataset, list[int]]:
+    """(mixture, windows taken of each part). See the top of this file for the meaning of `weights`."""
+    if all(weight is None for weight in weights):
+        return concatenate_datasets(parts), [len(part) for part in parts]
+    if any(weight is None or weight <= 0 for weight in weights):
+        raise UserError(f"datasets: give every source a weight above 0, or none; got {weights}")
+    shares = [weight / sum(weights) for weight in weights]
+    total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
+    taken = [min(len(part), round(total * share)) for part, share in zip(parts, shares, strict=True)]
+    chosen = [part.shuffle(seed=seed).select(range(n)) for part, n in zip(parts, taken, strict=True)]
+    return concatenate_datasets(chosen), taken
+
+
+class StreamedWindows(torch.utils.data.IterableDataset):
+    """Endless windows of streamed sources, mixed by weight, in an order that depends on nothing but the sources.
+
+    Sources are read again from the start when they end. The next window comes from the source that
+    is furthest behind its weight. Resume is exact: the Trainer reads and drops what was trained on,
+    at the speed of the tokenizer.
+    """
+
+    def __init__(self, documents: list[Documents], tokenizer, length: int):
+        self.documents, self.tokenizer, self.length = documents, tokenizer, length
+        self.weights = [1.0 if part.source.weight is None else part.source.weight for part in documents]
+
+    def _windows(self, part: Documents) -> Iterator[np.ndarray]:
+        def passes():
+            for _ in count():
+                empty = True
+                for ids in token_stream(part.train, self.tokenizer, part.source.path):
+                    empty = False
+                    yield ids
+                if empty:
+                    raise UserError(f"datasets: {part.source.path} has no text")
+
+        for block in windows_of(passes(), self.length):
+            yield from block
+
+    def __iter__(self):
+        iterators, taken = [self._windows(part) for part in self.documents], [0] * len(self.documents)
+        while True:
+            behind = min(range(len(iterators)), key=lambda i: (taken[i] + 1) / self.weights[i])
+            taken[behind] += 1
+            yield {"input_ids": next(iterators[behind])}
+
+
+def make_windows(documents: list[Documents], tokenizer, data: DataConfig, batch_size: int, max_steps: int, seed: int):
+    """(train windows, eval windows or None, report) for the Trainer; report is a list of sentences for the first screen.
+
+    The train set is cut to whole batches of `batch_size`, so every world size sees the same batches.
+    """
+    length, report = data.sequence_length, []
+    if data.streaming:
+        if max_steps <= 0:
+            raise UserError("streaming has no end: set max_steps")
+        train, evaluation = StreamedWindows(documents, tokenizer, length), []
+        wanted = max(1, round(data.eval_fraction * max_steps * batch_size))
+        for part in documents if data.eval_fraction else []:
+            blocks = windows_of(token_stream(part.eval, tokenizer, part.source.path), length)
+            evaluation.extend(islice(chain.from_iterable(blocks), -(-wanted // len(documents))))
+        report.append("streamed in stored order: shuffle the files beforehand; a resume reads again what was trained on")
+        return train, _eval_set([Dataset.from_dict({"input_ids": evaluation})] if evaluation else [], data), report
+    trains, evals = [], []
+    for part in documents:
+        windows, stats = tokenize(part.train, tokenizer, length, part.source.path)
+        if not len(windows):
+            raise UserError(f"datasets: {part.source.path} has {stats['documents']} documents with text, too few for one window of {length} tokens")
+        trains.append(windows)
+        evals += [tokenize(part.eval, tokenizer, length, part.source.path)[0]] if part.eval is not None else []
+        report.append(
+            f"{part.source.path}: {stats['documents']:,} documents, {stats['bytes'] / 1e6:.1f} MB, {stats['tokens']:,} tokens"
+            + (f"; {stats['empty']:,} empty documents left out" if stats["empty"] else "")
+        )
+    train, taken = mix(trains, [part.source.weight for part in documents], seed)
+    for part, windows, used in zip(documents, trains, taken, strict=True):
+        if used < len(windows):
+            report.append(f"{part.source.path}: {used:,} of {len(windows):,} windows used, to keep the weights")
+    if len(train) < batch_size:
+        raise UserError(f"datasets: {len(train)} windows of {length} tokens do not fill one batch of {batch_size}")
+    if rest := len(train) % batch_size:
+        report.append(f"{rest} of {len(train):,} windows left out, so that all batches are full")
+        train = train.select(range(len(train) - rest))
+    return train, _eval_set(evals, data), report
+
+
+def _eval_set(evals: list[Dataset], data: DataConfig) -> Dataset | None:
+    if not data.eval_fraction:
+        return None
+    evaluation = concatenate_datasets(evals) if evals else []
+    if not len(evaluation):
+        raise UserError(f"datasets: the held-out documents fill no window of {data.sequence_length} tokens: raise eval_fraction")
+    return evaluation.with_format("numpy")

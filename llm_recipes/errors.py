@@ -1,0 +1,68 @@
+"""How a recipe ends: one sentence for the person, one exit code for the scheduler."""
+
+import functools
+import os
+import sys
+import time
+
+import torch.distributed
+
+
+class RecipeExit(Exception):
+    """Ends the run with `exit_code` and its message as the only output; never a traceback."""
+
+    exit_code = 1
+
+
+class UserError(RecipeExit):
+    """Something the user can mend: config, data, disk, launch line. Raised before anything is lost."""
+
+    exit_code = 2
+
+
+class Diverged(RecipeExit):
+    """Loss or gradient norm is not finite. Raised before the optimizer would have used it."""
+
+    exit_code = 4
+
+
+class Finished(RecipeExit):
+    """There is nothing left to do."""
+
+    exit_code = 0
+
+
+class PushFailed(RecipeExit):
+    """The Hub did not take the result; the local copy is whole."""
+
+    exit_code = 3
+
+
+class Interrupted(RecipeExit):
+    """SIGTERM or SIGINT arrived and a checkpoint was written. 75 is EX_TEMPFAIL of sysexits.h: try again."""
+
+    exit_code = 75
+
+
+def entrypoint(main):
+    """Decorates a recipe's `main`: `RecipeExit` becomes its message on stderr and its exit code.
+
+    All ranks usually fail for the same reason, so the others wait for rank 0 to speak first;
+    the launcher ends them as soon as it has exited.
+    """
+
+    @functools.wraps(main)
+    def run():
+        try:
+            main()
+        except RecipeExit as stop:
+            rank = int(os.environ.get("RANK", 0))
+            if rank and stop.exit_code:
+                time.sleep(5)
+            if stop.exit_code or not rank:
+                print(f"[rank {rank}] {stop}" if rank else str(stop), file=sys.stderr, flush=True)
+            sys.exit(stop.exit_code)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    return run

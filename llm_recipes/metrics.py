@@ -1,0 +1,118 @@
+"""Counting and timing: FLOPs, peak rates, bits per byte. Formulas name their source."""
+
+import math
+import re
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+# Dense bf16 peak of one device in TFLOP/s without sparsity, from the vendors' data sheets.
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "H100 NVL": 835, "H100 PCIe": 756, "H200 NVL": 836, "H200": 989, "H100": 989, "GH200": 989,
+    "A100": 312, "L40S": 362, "L4": 121, "A40": 149.7, "A6000": 154.8, "A30": 165, "RTX 4090": 165.2, "RTX 3090": 71,
+    "MI355": 2500, "MI300X": 1307,
+}  # fmt: skip
+
+
+def meta_model(config: PreTrainedConfig) -> nn.Module:
+    """The causal LM of `config` without memory, whatever the launched strategy does to real models."""
+    with torch.device("meta"):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
+def flops_per_token(config: PreTrainedConfig, length: int) -> float:
+    """Forward and backward FLOPs a token: 6 N + 12 L H Dh T (Chowdhery et al. 2022, PaLM, appendix B).
+
+    N counts the weights of all matrix products, the output head included even when it is tied;
+    embeddings looked up, norms and biases are not counted. Causal attention is not halved and
+    recomputation is not counted.
+    """
+    model = meta_model(config)
+    matmul = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 6 * matmul + 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * length
+
+
+def peak_flops() -> float | None:
+    """Data-sheet bf16 FLOP/s of this GPU, None when it is not in the table or there is none."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+
+
+def measured_flops(device: torch.device, size: int = 1024, seconds: float = 0.5) -> float:
+    """FLOP/s that square fp32 matrix products reach on `device` with this process's threads."""
+    a, b = torch.randn(2, size, size, device=device)
+    a @ b
+    rounds, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        (a @ b)[0, 0].item()
+        rounds += 1
+    return rounds * 2 * size**3 / elapsed
+
+
+def token_bytes(tokenizer) -> torch.Tensor:
+    """UTF-8 bytes each id stands for, `(V,)`; 0 for special tokens."""
+    special, byte_level = set(tokenizer.all_special_ids), "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+    sizes = torch.zeros(len(tokenizer), dtype=torch.long)
+    for token, i in tokenizer.get_vocab().items():
+        if i in special:
+            continue
+        if byte_level:  # one character stands for one byte
+            sizes[i] = len(token)
+        elif len(token) == 6 and token.startswith("<0x"):  # byte fallback
+            sizes[i] = 1
+        else:
+            sizes[i] = len(token.replace("\u2581", " ").encode())
+    return sizes
+
+
+def bits_per_byte(nats_per_token: float, windows, tokenizer) -> float:
+    """Loss over windows `(n, T)`, whose first token is no target, as bits a byte of their text.
+
+    The nats of document ends are in, though an end has no bytes: the model has to predict it too.
+    """
+    sizes, targets, size = token_bytes(tokenizer).numpy(), 0, 0
+    for batch in windows.iter(1000):
+        ids = np.asarray(batch["input_ids"])[:, 1:]
+        targets, size = targets + ids.size, size + int(sizes[ids].sum())
+    return nats_per_token * targets / math.log(2) / size
+
+
+def unigram_entropy(windows) -> float:
+    """Nats a token of the best predictor that ignores all context: what a model must beat."""
+    counts = np.bincount(np.concatenate([np.asarray(batch["input_ids"]).reshape(-1) for batch in windows.iter(1000)]))
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def measure(trainer, eval_windows, tokenizer, throughput, started: float) -> dict:
+    """Figures of a finished run, for metrics.json; every rank takes part.
+
+    `tokens_per_second` is the steady state, `end_to_end_tokens_per_second` divides by all the time
+    since `started`. `mfu` compares with the GPU's data sheet; where there is none,
+    `fraction_of_matmul_rate` compares with what square matrix products reach here and now.
+    """
+    args, config, steps = trainer.args, trainer.model.config, trainer.state.global_step
+    results = {"parameters": sum(p.numel() for p in meta_model(config).parameters()), "steps": steps, "tokens": steps * throughput.tokens_per_step}
+    if eval_windows is not None:
+        loss = trainer.evaluate()["eval_loss"]
+        results |= {"eval_loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits_per_byte(loss, eval_windows, tokenizer)}
+        results["unigram_entropy"] = unigram_entropy(eval_windows)
+    if (rate := throughput.tokens_per_second()) is not None:
+        length = throughput.tokens_per_step // trainer.get_total_train_batch_size(args)
+        flops = rate * flops_per_token(config, length)
+        seconds = time.perf_counter() - started
+        results |= {"tokens_per_second": rate, "end_to_end_tokens_per_second": throughput.session_tokens / seconds, "seconds": seconds}
+        results["model_flops_per_second"] = flops
+        if args.device.type == "cpu":  # all ranks at once, as in training
+            matmul = torch.tensor([measured_flops(args.device)], dtype=torch.float64)
+            results["fraction_of_matmul_rate"] = flops / trainer.accelerator.reduce(matmul, "sum").item()
+        elif (peak := peak_flops()) is not None:
+            results["mfu"] = flops / (peak * args.world_size)
+    return results

@@ -1,0 +1,206 @@
+"""What a run leaves behind: run.yaml, weights, metrics.json, a model card, and the Hub's copy."""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+from httpx2 import HTTPError
+from safetensors import safe_open
+from transformers import Trainer, TrainingArguments
+
+from llm_recipes.config import RunConfig
+from llm_recipes.errors import Finished, PushFailed, RecipeExit, UserError
+from llm_recipes.launch import asked_strategy
+from llm_recipes.metrics import meta_model
+
+# Keys that may change between two starts of the same run: they do not change what is learnt.
+FREE = {
+    "output_dir", "resume", "dry_run", "sample_prompts", "disable_tqdm", "run_name", "project", "report_to", "use_cpu",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "push_to_hub",
+    "logging_steps", "logging_strategy", "logging_first_step", "log_level", "save_steps", "save_strategy",
+    "save_total_limit", "eval_steps", "eval_strategy", "eval_on_start", "dataloader_num_workers", "hub_model_id",
+    "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push", "ddp_timeout",
+}  # fmt: skip
+LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "deepspeed", "peft")
+
+
+def describe(run: RunConfig, identity: dict) -> dict:
+    """Content of run.yaml: every key that is not at its default, data and tokenizer, launch, commit, versions."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(sys.argv[0]).resolve().parent, capture_output=True, text=True)
+    return {
+        "config": run.resolved,
+        "identity": identity,
+        "launch": {"strategy": asked_strategy(), "world_size": int(os.environ.get("WORLD_SIZE", 1))},
+        "git_commit": git.stdout.strip() or None,
+        "versions": {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in LIBRARIES}},
+    }
+
+
+def changed_keys(output_dir: str, run: dict) -> list[str]:
+    """How `run` differs from the run that `output_dir` holds: 'key: there -> here'; empty when it is the same or new."""
+    path = Path(output_dir) / "run.yaml"
+    if not path.is_file():
+        return []
+    there = yaml.safe_load(path.read_text())
+    old, new = ({**r["config"], **r["identity"]} for r in (there, run))
+    if old.get("global_batch_size") is None:  # then the batch is what the per-device keys and the launch make of it
+        for side, r in ((old, there), (new, run)):
+            side["batch"] = [side.get("per_device_train_batch_size"), side.get("gradient_accumulation_steps"), r["launch"]["world_size"]]
+    keys = [key for key in {**old, **new} if key not in FREE and old.get(key) != new.get(key)]
+    return [f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}" for key in keys]
+
+
+def _short(value) -> str:
+    text = "default" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def claim(args: TrainingArguments, run: RunConfig, record: dict) -> None:
+    """Takes output_dir for this run and writes run.yaml there. Call it once, before anything else is written.
+
+    Raises UserError when another process has the folder, and Finished when this very run is already
+    complete there; then only a push that is asked for is done again.
+    """
+    folder = Path(args.output_dir)
+    if (folder / "metrics.json").is_file():
+        where = f"; pushed to {push(args)}" if run.push_to_hub and args.process_index == 0 else ""
+        raise Finished(f"{folder}: this run is finished{where}. Move the folder away or choose another --output_dir to train again")
+    if args.process_index == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"output_dir: {folder} is in use by another run: choose another") from error
+        _locks.append(file)
+        (folder / "run.yaml").write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+
+
+_locks = []  # open files: closing one gives its folder up
+
+
+def save_model(trainer: Trainer) -> None:
+    """Writes weights, tokenizer and configs to `output_dir`, then compares the file with the model's own names and shapes."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.set_state_dict_type("FULL_STATE_DICT")  # with shards, save_model writes nothing at all
+    trainer.save_model()
+    if trainer.args.process_index == 0:
+        folder = Path(trainer.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and no one needs it
+        shapes = {}
+        for path in folder.glob("model*.safetensors"):
+            with safe_open(path, "pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        model = meta_model(trainer.model.config)
+        tied = set(getattr(model, "all_tied_weights_keys", {}))
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
+        if wrong := {name for name in expected if shapes.get(name) != expected[name]}:
+            raise RecipeExit(f"{folder}: the saved weights are not whole: {', '.join(sorted(wrong)[:5])}")
+
+
+def sample(trainer: Trainer, tokenizer, prompts: list[str], new_tokens: int = 80) -> list[str]:
+    """Prompt and continuation for each prompt, drawn at temperature 0.7 from the top 40; every rank takes part."""
+    texts = []
+    trainer.model.eval()
+    torch.manual_seed(trainer.args.seed)
+    for prompt in prompts:
+        ids = [tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]  # EOS opens a document
+        inputs = torch.tensor([ids], device=trainer.args.device)
+        room = getattr(trainer.model.config, "max_position_embeddings", len(ids) + new_tokens) - len(ids)
+        out = trainer.model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=min(new_tokens, room), do_sample=True, temperature=0.7,
+            top_k=40, use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
+    return texts
+
+
+def write_results(trainer: Trainer, metrics: dict, record: dict, samples: list[str]) -> None:
+    """metrics.json, loss.png and the model card README.md in `output_dir`; prints them and where everything is."""
+    if trainer.args.process_index:
+        return
+    folder = Path(trainer.args.output_dir)
+    _loss_curve(trainer.state.log_history, folder / "loss.png")
+    sources = [source["path"] for source in record["config"]["datasets"]]
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["llm-recipes", "pretrain"],
+        datasets=[path for path in sources if path.count("/") == 1 and not Path(path).exists()] or None,
+    )  # fmt: skip
+    rows = "\n".join(f"| {key} | {value:,.4g} |" for key, value in metrics.items() if isinstance(value, int | float))
+    shown = "\n\n".join(f"```text\n{text}\n```" for text in samples)
+    (folder / "README.md").write_text(
+        f"---\n{data.to_yaml()}\n---\n\n# {folder.resolve().name}\n\n"
+        f"A {trainer.model.config.model_type} language model of {metrics['parameters']:,} parameters, trained from "
+        f"{', '.join(sources)} with LLM Recipes under {record['launch']['strategy']} on {record['launch']['world_size']} process(es). "
+        "Settings and versions are in `run.yaml`.\n\n"
+        f"![loss](loss.png)\n\n| metric | value |\n| --- | ---: |\n{rows}\n\n## Samples\n\n{shown or 'None were asked for.'}\n"
+    )
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")  # last: it marks the run as finished
+    for text in samples:
+        print(f"---- sample\n{text}")
+    print("---- results")
+    for key, value in metrics.items():
+        print(f"{key:<28} {value:,.4f}" if isinstance(value, float) else f"{key:<28} {value:,}")
+    print(f"---- {folder}: model, tokenizer, run.yaml, metrics.json, README.md with the loss curve", flush=True)
+
+
+def _loss_curve(history: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure  # only here: it is slow to import
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label in (("loss", "train"), ("eval_loss", "held out")):
+        if points := [(row["step"], row[key]) for row in history if key in row]:
+            axes.plot(*zip(*points, strict=True), marker="o" if key == "eval_loss" else None, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def repo_id(args: TrainingArguments) -> str:
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
+def push(args: TrainingArguments, folder: Path | None = None, message: str = "End of training", tries: int = 3) -> str:
+    """Uploads what others can use, never checkpoints or pickles, and returns the commit's URL.
+
+    Raises PushFailed after `tries` attempts; nothing local is touched.
+    """
+    folder = folder or Path(args.output_dir)
+    for attempt in range(tries):
+        try:
+            repo = HfApi().create_repo(repo_id(args), private=args.hub_private_repo, exist_ok=True).repo_id
+            patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md", "loss.png", "run.yaml"]
+            private = ["checkpoint-*", "*-checkpoint-*", "complete.json", "trainer_state.json", "global_step*"]
+            return HfApi().upload_folder(
+                repo_id=repo, folder_path=folder, commit_message=message, revision=args.hub_revision,
+                allow_patterns=patterns, ignore_patterns=private + [f"{p}/*" for p in private],
+            ).commit_url  # fmt: skip
+        except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            time.sleep(2**attempt * (attempt + 1 < tries))
+    raise PushFailed(f"push to the Hub failed: {reason}. The model is whole in {folder}; run the same command again, or: hf upload {repo_id(args)} {folder}")
+
+
+def pusher(args: TrainingArguments, run: RunConfig):
+    """For `protect`: pushes each checkpoint's model when hub_strategy is every_save; a failure is said and training goes on."""
+    if not (run.push_to_hub and args.hub_strategy == "every_save"):
+        return None
+
+    def after_save(checkpoint: Path) -> None:
+        try:
+            push(args, checkpoint, f"Training in progress, {checkpoint.name}", tries=1)
+        except PushFailed as failure:
+            print(f"{failure}; training goes on", flush=True)
+
+    return after_save

@@ -1,0 +1,80 @@
+"""Progress bar, one line a log, and the throughput figures of a run."""
+
+import sys
+import time
+
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer
+
+
+class Throughput(ProgressCallback):
+    """Shows loss, tokens/s and ETA; measures training time without evaluation, saving and start-up.
+
+    `tokens_per_step` counts all processes.
+    """
+
+    WARMUP = 3  # steps left out of the steady state: allocators and caches settle
+
+    def __init__(self, tokens_per_step: int):
+        super().__init__()
+        self.tokens_per_step = tokens_per_step
+        self.steps, self.seconds, self.marked, self.left_out = 0, 0.0, (0, 0.0), self.WARMUP
+
+    def _mark(self, *args, **kwargs):
+        self.last = time.perf_counter()
+
+    on_save = _mark
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, disable=not sys.stderr.isatty() or args.disable_tqdm
+            )
+        self.current_step = state.global_step
+        self._mark()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        self._mark()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        now = time.perf_counter()
+        if self.left_out:
+            self.left_out -= 1
+        else:
+            self.steps, self.seconds = self.steps + 1, self.seconds + now - self.last
+        self.last = now
+
+    @property
+    def session_tokens(self) -> int:
+        """Tokens of this start of the run, warm-up included."""
+        return (self.steps + self.WARMUP - self.left_out) * self.tokens_per_step
+
+    def tokens_per_second(self, since=(0, 0.0)) -> float | None:
+        steps, seconds = self.steps - since[0], self.seconds - since[1]
+        return steps * self.tokens_per_step / seconds if seconds else None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            rate, self.marked = self.tokens_per_second(self.marked), (self.steps, self.seconds)
+            if rate:
+                logs["tokens_per_second"] = rate
+        if not state.is_world_process_zero or self.training_bar is None or "train_runtime" in logs:
+            return
+        line = f"step {state.global_step:>6,}/{state.max_steps:,}"
+        for key, form in (("loss", ".4f"), ("grad_norm", ".2f"), ("learning_rate", ".2e"), ("eval_loss", ".4f")):
+            line += f"  {key} {logs[key]:{form}}" if key in logs else ""
+        if rate := logs.get("tokens_per_second"):
+            left = (state.max_steps - state.global_step) * self.tokens_per_step / rate
+            line += f"  {rate:,.0f} tokens/s  ETA {int(left // 60)}:{int(left % 60):02d}"
+        self.training_bar.write(line)
+
+
+def show_progress(trainer: Trainer, throughput: Throughput) -> None:
+    """Puts `throughput` in the place of the Trainer's own progress callbacks, before the reporters."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.callback_handler.callbacks.insert(0, throughput)

@@ -1,0 +1,86 @@
+"""A byte-level BPE tokenizer trained on the run's own documents."""
+
+import os
+import shutil
+from pathlib import Path
+
+from datasets import IterableDataset
+from filelock import FileLock
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from llm_recipes._compat import fingerprint, hasher
+from llm_recipes.config import TokenizerConfig
+from llm_recipes.datasets import Documents, cache_dir, texts
+from llm_recipes.errors import UserError
+
+# Words with their leading space, single digits, punctuation runs, newlines (the split of Qwen2).
+SPLIT = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+CHAT = ["<|im_start|>", "<|im_end|>"]  # for the chat template of the SFT stage
+SPARE = [f"<|reserved_{i}|>" for i in range(12)]  # ids for later special tokens, so that no embedding is resized
+TRAIN_CHARACTERS = 1_000_000_000  # more text hardly moves the merges and costs memory
+
+
+def train_tokenizer(documents, vocab_size: int, name: str = "datasets") -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `vocab_size` ids: 256 bytes, 16 special or spare ids, the rest merges.
+
+    Any text round-trips exactly. Raises UserError when the text supports fewer than 95 % of the ids.
+    """
+    special = [EOS, PAD, *CHAT, *SPARE]
+    if vocab_size < 256 + len(special):
+        raise UserError(f"tokenizer_vocab_size {vocab_size} is below the {256 + len(special)} ids that bytes and special tokens take")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(_limited(texts(documents, name)), trainer)
+    if (got := tokenizer.get_vocab_size()) < 0.95 * vocab_size:
+        raise UserError(f"tokenizer_vocab_size: asked for {vocab_size}, the text supports {got}: ask for less or give more text")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, extra_special_tokens=[*CHAT, *SPARE], clean_up_tokenization_spaces=False
+    )
+
+
+def _limited(source):
+    used = 0
+    for text in source:
+        used += len(text)
+        if used > TRAIN_CHARACTERS:
+            return
+        yield text
+
+
+def load_tokenizer(config: TokenizerConfig, documents: list[Documents]) -> PreTrainedTokenizerFast:
+    """The tokenizer of `config`: loaded, or trained on the train documents and kept in the cache.
+
+    As in `datasets.tokenize`, one process trains while the others wait at a file lock.
+    """
+    if (name := config.tokenizer_name_or_path) is not None:
+        if config.tokenizer_vocab_size is not None:
+            raise UserError("set tokenizer_name_or_path or tokenizer_vocab_size, not both")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"tokenizer_name_or_path: {name}: {str(error).splitlines()[0]}") from error
+        if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+            raise UserError(f"tokenizer_name_or_path: {name} needs an eos_token and a tokenizer.json")
+        return tokenizer
+    if config.tokenizer_vocab_size is None:
+        raise UserError("set tokenizer_name_or_path, or tokenizer_vocab_size to train one on the datasets")
+    trains = [part.train for part in documents]
+    if any(isinstance(train, IterableDataset) for train in trains):
+        raise UserError("streaming cannot train a tokenizer on the spot: run recipes/tokenizer/run.py and set tokenizer_name_or_path")
+    folder = cache_dir() / f"tokenizer-{hasher(*map(fingerprint, trains), config.tokenizer_vocab_size, SPLIT, *SPARE)}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = Path(f"{folder}.{os.getpid()}.partial")
+            rows = (row for train in trains for row in train)
+            train_tokenizer(rows, config.tokenizer_vocab_size).save_pretrained(partial)
+            shutil.move(partial, folder)
+    return AutoTokenizer.from_pretrained(folder)

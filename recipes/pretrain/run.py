@@ -1,0 +1,83 @@
+"""Pretrain a causal language model.
+
+    accelerate launch --config_file accelerate_configs/zero3.yaml recipes/pretrain/run.py
+    python recipes/pretrain/run.py --config my.yaml --learning_rate 1e-3
+    python recipes/pretrain/run.py --dry_run        # every check and the plan, nothing written
+
+Without --config it reads config.yaml beside this file. Copy the folder and change both.
+"""
+
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+
+from llm_recipes import metrics, outputs
+from llm_recipes.checkpoints import find_checkpoint, protect
+from llm_recipes.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig, parse
+from llm_recipes.datasets import identity, load_documents, make_windows
+from llm_recipes.errors import entrypoint
+from llm_recipes.launch import check_strategy
+from llm_recipes.objectives import causal_lm
+from llm_recipes.preflight import architecture, preflight
+from llm_recipes.progress import Throughput, show_progress
+from llm_recipes.tokenization import load_tokenizer
+
+
+@entrypoint
+def main():
+    started = time.perf_counter()
+
+    # 1. Config. TrainingArguments also joins the process group that the launcher prepared.
+    run, data, tokenizer_config, model_config, args = parse(
+        RunConfig, DataConfig, TokenizerConfig, ModelConfig, TrainingArguments, script=__file__
+    )
+
+    # 2. Data and tokenizer. One process tokenizes; the others wait, then read the same file.
+    documents = load_documents(data, args.seed)
+    tokenizer = load_tokenizer(tokenizer_config, documents)
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    train_dataset, eval_dataset, report = make_windows(
+        documents, tokenizer, data, batch_size, args.max_steps, args.seed
+    )
+
+    # 3. Every check at once, then the plan. Up to here nothing is written to output_dir.
+    config = architecture(model_config, tokenizer)
+    record = outputs.describe(run, identity(documents, tokenizer))
+    preflight(args, run, data, config, tokenizer, train_dataset, eval_dataset, report, record)
+    if run.dry_run:
+        return
+    outputs.claim(args, run, record)
+
+    # 4. Model, in fp32: bf16 is the Trainer's autocast. After TrainingArguments, so that ZeRO-3
+    #    shards it while it is built; by the Auto classes, which alone initialise it right there.
+    set_seed(args.seed)
+    options = {"dtype": torch.float32, "attn_implementation": model_config.attn_implementation}
+    if model_config.model_name_or_path is None:
+        model = AutoModelForCausalLM.from_config(config, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(model_config.model_name_or_path, config=config, **options)
+
+    # 5. Trainer
+    trainer = Trainer(model, args, causal_lm, train_dataset, eval_dataset, processing_class=tokenizer)
+    check_strategy(trainer.accelerator)
+    throughput = Throughput(batch_size * data.sequence_length)
+    show_progress(trainer, throughput)
+    protect(trainer, after_save=outputs.pusher(args, run))
+
+    # 6. Train, from the newest checkpoint that is whole
+    trainer.train(resume_from_checkpoint=find_checkpoint(args, run.resume))
+
+    # 7. Save first, then measure and show
+    outputs.save_model(trainer)
+    results = metrics.measure(trainer, eval_dataset, tokenizer, throughput, started)
+    samples = outputs.sample(trainer, tokenizer, run.sample_prompts)
+    outputs.write_results(trainer, results, record, samples)
+
+    # 8. Push last: a failure there loses nothing
+    if run.push_to_hub and args.process_index == 0:
+        print(f"pushed to {outputs.push(args)}")
+
+
+if __name__ == "__main__":
+    main()
