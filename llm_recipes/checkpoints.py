@@ -90,7 +90,9 @@ def find_checkpoint(args: TrainingArguments, resume: str) -> str | None:
         now = {"strategy": asked_strategy(), "world_size": args.world_size}
         sharded = "DeepSpeed" in written["strategy"] + now["strategy"]
         if written["strategy"] != now["strategy"] and (sharded or "FSDP" in written["strategy"] + now["strategy"]):
-            raise UserError(f"{found[0]} was written under {written['strategy']} and cannot be continued under {now['strategy']}")
+            raise UserError(
+                f"{found[0]} was written under {written['strategy']} and cannot be continued under {now['strategy']}"
+            )
         if sharded and written["world_size"] != now["world_size"]:
             raise UserError(
                 f"{found[0]} was written by {written['world_size']} processes under {written['strategy']}: "
@@ -213,7 +215,9 @@ def protect(trainer: Trainer, after_save=None) -> None:
 
     def checked_norm(*args, **kwargs):
         norm = get_norm(*args, **kwargs)
-        if trainer.accelerator.scaler is None and not trainer.is_deepspeed_enabled:  # fp16 scaling skips such steps itself
+        if (
+            trainer.accelerator.scaler is None and not trainer.is_deepspeed_enabled
+        ):  # fp16 scaling skips such steps itself
             guard.check_norm(norm)
         return norm
 
@@ -221,7 +225,11 @@ def protect(trainer: Trainer, after_save=None) -> None:
         args, step = trainer.args, trainer.state.global_step
         folder = Path(args.output_dir) / f"checkpoint-{step}"
         previous = next(iter(checkpoints(args.output_dir)), None)
-        size = sum(f.stat().st_size for f in previous.rglob("*") if f.is_file()) if previous else checkpoint_bytes(trainer.model)
+        size = (
+            sum(f.stat().st_size for f in previous.rglob("*") if f.is_file())
+            if previous
+            else checkpoint_bytes(trainer.model)
+        )
         if (free := shutil.disk_usage(args.output_dir).free) < size:
             raise UserError(f"{folder}: needs {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; {_kept(previous)}")
         try:
@@ -234,7 +242,9 @@ def protect(trainer: Trainer, after_save=None) -> None:
             commit(folder, step=step, strategy=asked_strategy(), world_size=args.world_size)
             keep = {trainer.state.best_model_checkpoint and Path(trainer.state.best_model_checkpoint).name}
             for old in [p for p in checkpoints(args.output_dir) if p.name not in keep][guard.keep or None :]:
-                (old / MANIFEST).unlink(missing_ok=True)  # first, so that a kill here leaves no half checkpoint that counts
+                (old / MANIFEST).unlink(
+                    missing_ok=True
+                )  # first, so that a kill here leaves no half checkpoint that counts
                 shutil.rmtree(old)
             if after_save:
                 after_save(folder)
@@ -248,7 +258,11 @@ def protect(trainer: Trainer, after_save=None) -> None:
 
 
 def _kept(previous: Path | None) -> str:
-    return f"{previous.name} is intact, the same command continues from there" if previous else "there was no checkpoint yet"
+    return (
+        f"{previous.name} is intact, the same command continues from there"
+        if previous
+        else "there was no checkpoint yet"
+    )
 
 
 def checkpoint_bytes(model) -> int:

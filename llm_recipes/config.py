@@ -51,6 +51,10 @@ class DataConfig:
     eval_fraction: float = field(
         default=0.01, metadata={"help": "Share of the documents held out of training, drawn with `seed`."}
     )
+
+
+@dataclass
+class WindowConfig:
     sequence_length: int = field(default=1024, metadata={"help": "Tokens a window."})
     streaming: bool = field(
         default=False, metadata={"help": "Tokenize while training, for corpora larger than the disk. Needs max_steps."}
@@ -65,6 +69,18 @@ class TokenizerConfig:
     tokenizer_vocab_size: int | None = field(
         default=None, metadata={"help": "Size of the tokenizer to train, special and spare ids included."}
     )
+
+
+@dataclass
+class TokenizerTrainingConfig:
+    output_dir: str
+    vocab_size: int = field(metadata={"help": "Ids in all: bytes, special and spare ids, merges."})
+    seed: int = 42
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
+    hub_revision: str | None = None
+    resolved: dict = field(init=False, default_factory=dict)  # as in RunConfig
 
 
 @dataclass
@@ -89,7 +105,9 @@ class RunConfig:
     resume: str = field(default="auto", metadata={"help": "auto, never, or the path of a checkpoint."})
     dry_run: bool = field(default=False, metadata={"help": "Run every check, print the plan, train nothing."})
     sample_prompts: list[str] = field(default_factory=list, metadata={"help": "Continued at the end of the run."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Push at the end; with hub_strategy every_save at every save."})
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Push at the end; with hub_strategy every_save at every save."}
+    )
     resolved: dict = field(init=False, default_factory=dict)  # every key of the run that is not at its default
 
 
@@ -117,14 +135,14 @@ REFUSED = {
 MINIMUM = {
     "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "eval_fraction": 0,
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
-    "global_batch_size": 1, "sequence_length": 2, "save_total_limit": 1, "tokenizer_vocab_size": 1,
+    "global_batch_size": 1, "sequence_length": 2, "save_total_limit": 1, "tokenizer_vocab_size": 1, "vocab_size": 1,
 }  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys and reads YAML 1.2 booleans and floats."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: typing.ClassVar = {
         first: [(tag, regexp) for tag, regexp in resolvers if tag.rsplit(":", 1)[1] not in ("bool", "float")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -142,7 +160,9 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:[Tt]rue|TRUE|[Ff]alse|FALSE)$"), "tTfF")
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.[\d_]+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.[\d_]+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
     "-+0123456789.",
 )
 
@@ -187,7 +207,7 @@ def cast(value, hint, choices=None):
     problem = None
     for kind in members:
         origin = typing.get_origin(kind) or kind
-        if kind is typing.Any or origin is typing.Literal and value in typing.get_args(kind):
+        if kind is typing.Any or (origin is typing.Literal and value in typing.get_args(kind)):
             return value
         if origin is bool and isinstance(value, bool):
             return value
@@ -196,7 +216,7 @@ def cast(value, hint, choices=None):
         if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
             if not math.isfinite(value):
                 raise ValueError(f"expects a finite number, got {value}")
-            return float(value)
+            return value
         if isinstance(origin, type) and issubclass(origin, str) and isinstance(value, str):
             return value
         if origin is dict and isinstance(value, dict):
@@ -278,7 +298,9 @@ def parse(*dataclass_types, script: str, argv: list[str] | None = None) -> tuple
     fields = {f.name: f for cls in reversed(dataclass_types) for f in dataclasses.fields(cls) if f.init}
     hints = {key: hint for cls in dataclass_types for key, hint in typing.get_type_hints(cls).items() if key in fields}
     choices = {key: list(f.metadata["choices"]) for key, f in fields.items() if "choices" in f.metadata}
-    defaults = {key: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for key, f in fields.items()}
+    defaults = {
+        key: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for key, f in fields.items()
+    }
 
     config, pairs = _arguments(argv)
     path = Path(config) if config else Path(script).resolve().parent / "config.yaml"
@@ -315,7 +337,7 @@ def parse(*dataclass_types, script: str, argv: list[str] | None = None) -> tuple
     except ValueError as error:  # TrainingArguments' own checks across keys
         raise UserError(f"{_relative(path)}: {error}") from error
     for part in configs:
-        if isinstance(part, RunConfig):
+        if hasattr(part, "resolved"):
             part.resolved = {key: _plain(value) for key, value in values.items() if value != defaults[key]}
         if isinstance(part, TrainingArguments):
             part.push_to_hub = False  # the recipe pushes, after everything is saved; the Trainer would lose failures
@@ -353,7 +375,9 @@ def _derive(values: dict) -> list[str]:
             return [f"the accelerate config says mixed_precision: {precision}, the recipe says {precision}: false"]
         values[precision] = True
     elif not values.get("fp16"):
-        values.setdefault("bf16", not values["use_cpu"] and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+        values.setdefault(
+            "bf16", not values["use_cpu"] and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        )
 
     if (batch := values.get("global_batch_size")) is None:
         return []
@@ -361,7 +385,9 @@ def _derive(values: dict) -> list[str]:
         return ["gradient_accumulation_steps is derived from global_batch_size: set one of them"]
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if batch % world_size:
-        return [f"global_batch_size {batch} does not divide over {world_size} processes: use a multiple of {world_size}"]
+        return [
+            f"global_batch_size {batch} does not divide over {world_size} processes: use a multiple of {world_size}"
+        ]
     limit = values.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
     per_rank = batch // world_size
     micro_batch = max(size for size in range(1, min(limit, per_rank) + 1) if per_rank % size == 0)

@@ -22,13 +22,15 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from filelock import FileLock
+from transformers import TrainingArguments
 
 from llm_recipes._compat import fingerprint, hasher
-from llm_recipes.config import DataConfig, Source
+from llm_recipes.config import DataConfig, Source, WindowConfig
 from llm_recipes.errors import UserError
 
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 BATCH = 1000  # documents tokenized at a time
+STREAMED_EVAL = 512  # windows held out of each stream, which has no size to take a share of
 
 
 def cache_dir() -> Path:
@@ -50,7 +52,9 @@ def python_files(packages: bool) -> list[Path]:
 
 def _builtin(source: Source) -> Dataset:
     if source.path != "builtin:python" or source.name not in (None, "packages"):
-        raise UserError(f"datasets: {source.path} (name: {source.name}) is not built in; there is builtin:python, name: packages")
+        raise UserError(
+            f"datasets: {source.path} (name: {source.name}) is not built in; there is builtin:python, name: packages"
+        )
     rows = {"text": [], "path": []}
     for path in python_files(source.name == "packages"):
         try:
@@ -101,7 +105,9 @@ def load_source(source: Source, streaming: bool = False) -> Dataset | IterableDa
         raise UserError(f"datasets: {source.path}: columns maps `{ours}`, but only `text` is read here")
     features = data.features or {}
     if theirs not in features:
-        raise UserError(f"datasets: {source.path} has no column {theirs}; it has {', '.join(features)}. Set columns: {{text: ...}}")
+        raise UserError(
+            f"datasets: {source.path} has no column {theirs}; it has {', '.join(features)}. Set columns: {{text: ...}}"
+        )
     if getattr(features[theirs], "dtype", None) not in ("string", "large_string"):
         raise UserError(f"datasets: {source.path}: column {theirs} holds {features[theirs]}, not text")
     data = data.select_columns([theirs])
@@ -118,7 +124,7 @@ def _reason(error: Exception, path: Path) -> str:
                 return f"line {number} is not valid JSON in UTF-8: {broken}"
     while error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, StopIteration) or path.is_file() and path.stat().st_size == 0:
+    if isinstance(error, StopIteration) or (path.is_file() and path.stat().st_size == 0):
         return "no rows"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
@@ -141,35 +147,41 @@ class Documents(NamedTuple):
     eval: Dataset | IterableDataset | None
 
 
-def load_documents(data: DataConfig, seed: int) -> list[Documents]:
+def load_documents(data: DataConfig, seed: int, streaming: bool = False) -> list[Documents]:
     """Every source of `data`, with `eval_fraction` of its documents held out and the rest shuffled.
 
     The split depends on `seed` alone, so it is the same on every rank. Streams cannot be counted or
     shuffled: there every k-th document is held out, k = 1 / eval_fraction, and the order stays.
     """
-    return [Documents(source, *_hold_out(load_source(source, data.streaming), data, seed)) for source in data.datasets]
+    if not data.datasets:
+        raise UserError("datasets: the list is empty")
+    if data.eval_fraction >= 1:
+        raise UserError(f"eval_fraction {data.eval_fraction} leaves nothing to train on")
+    return [Documents(s, *_hold_out(load_source(s, streaming), data.eval_fraction, seed)) for s in data.datasets]
 
 
-def _hold_out(documents, data: DataConfig, seed: int):
-    if data.streaming:
-        if not data.eval_fraction:
+def _hold_out(documents, fraction: float, seed: int):
+    if isinstance(documents, IterableDataset):
+        if not fraction:
             return documents, None
-        every = round(1 / data.eval_fraction)
+        every = round(1 / fraction)
         train = documents.filter(lambda _, i: i % every != 0, with_indices=True)
         return train, documents.filter(lambda _, i: i % every == 0, with_indices=True)
-    if not data.eval_fraction:
+    if not fraction:
         return documents.shuffle(seed=seed), None
     if len(documents) < 2:
-        raise UserError(f"datasets: {len(documents)} document(s) cannot be split: set eval_fraction: 0 or give more documents")
-    parts = documents.train_test_split(test_size=max(1, round(data.eval_fraction * len(documents))), seed=seed)
+        raise UserError(
+            f"datasets: {len(documents)} document(s) cannot be split: set eval_fraction: 0 or give more documents"
+        )
+    parts = documents.train_test_split(test_size=max(1, round(fraction * len(documents))), seed=seed)
     return parts["train"], parts["test"]
 
 
-def identity(documents: list[Documents], tokenizer) -> dict:
+def identity(documents: list[Documents], tokenizer=None) -> dict:
     """What makes two runs train on the same data: fingerprints of the train documents and of the tokenizer."""
     streamed = any(isinstance(part.train, IterableDataset) for part in documents)
-    data = [part.source.path if streamed else fingerprint(part.train) for part in documents]
-    return {"data": data, "tokenizer": hasher(tokenizer.backend_tokenizer.to_str())}
+    found = {"data": [part.source.path if streamed else fingerprint(part.train) for part in documents]}
+    return found if tokenizer is None else found | {"tokenizer": hasher(tokenizer.backend_tokenizer.to_str())}
 
 
 # ---- windows -------------------------------------------------------------------------------------
@@ -216,10 +228,15 @@ def tokenize(documents: Dataset, tokenizer, length: int, name: str) -> tuple[Dat
             stats = {"documents": 0, "bytes": 0, "windows": 0, "tail": 0}
             column = pa.list_(pa.int32(), length)
             partial = arrow.with_suffix(f".{os.getpid()}.partial")
-            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, pa.schema({"input_ids": column})) as out:
+            with (
+                pa.OSFile(str(partial), "wb") as sink,
+                pa.ipc.new_stream(sink, pa.schema({"input_ids": column})) as out,
+            ):
                 for block in windows_of(token_stream(documents, tokenizer, name, stats), length, stats):
                     stats["windows"] += len(block)
-                    out.write_batch(pa.record_batch({"input_ids": pa.FixedSizeListArray.from_arrays(block.reshape(-1), length)}))
+                    out.write_batch(
+                        pa.record_batch({"input_ids": pa.FixedSizeListArray.from_arrays(block.reshape(-1), length)})
+                    )
             stats["empty"] = len(documents) - stats["documents"]
             stats["tokens"] = stats["windows"] * length
             info.write_text(json.dumps(stats))
@@ -273,49 +290,54 @@ class StreamedWindows(torch.utils.data.IterableDataset):
             yield {"input_ids": next(iterators[behind])}
 
 
-def make_windows(documents: list[Documents], tokenizer, data: DataConfig, batch_size: int, max_steps: int, seed: int):
+def make_windows(
+    documents: list[Documents], tokenizer, windows: WindowConfig, batch_size: int, args: TrainingArguments
+):
     """(train windows, eval windows or None, report) for the Trainer; report is a list of sentences for the first screen.
 
     The train set is cut to whole batches of `batch_size`, so every world size sees the same batches.
     """
-    length, report = data.sequence_length, []
-    if data.streaming:
-        if max_steps <= 0:
+    length, report = windows.sequence_length, []
+    held_out = documents[0].eval is not None
+    if windows.streaming:
+        if args.max_steps <= 0:
             raise UserError("streaming has no end: set max_steps")
-        train, evaluation = StreamedWindows(documents, tokenizer, length), []
-        wanted = max(1, round(data.eval_fraction * max_steps * batch_size))
-        for part in documents if data.eval_fraction else []:
-            blocks = windows_of(token_stream(part.eval, tokenizer, part.source.path), length)
-            evaluation.extend(islice(chain.from_iterable(blocks), -(-wanted // len(documents))))
-        report.append("streamed in stored order: shuffle the files beforehand; a resume reads again what was trained on")
-        return train, _eval_set([Dataset.from_dict({"input_ids": evaluation})] if evaluation else [], data), report
+        blocks = (
+            windows_of(token_stream(part.eval, tokenizer, part.source.path), length) for part in documents if held_out
+        )
+        evals = [Dataset.from_dict({"input_ids": list(islice(chain.from_iterable(b), STREAMED_EVAL))}) for b in blocks]
+        report.append(
+            "streamed in stored order: shuffle the files beforehand; a resume reads again what was trained on"
+        )
+        return StreamedWindows(documents, tokenizer, length), _eval_set(evals, length), report
     trains, evals = [], []
     for part in documents:
-        windows, stats = tokenize(part.train, tokenizer, length, part.source.path)
-        if not len(windows):
-            raise UserError(f"datasets: {part.source.path} has {stats['documents']} documents with text, too few for one window of {length} tokens")
-        trains.append(windows)
+        cut, stats = tokenize(part.train, tokenizer, length, part.source.path)
+        if not len(cut):
+            raise UserError(
+                f"datasets: {part.source.path} has {stats['documents']} documents with text, too few for one window of {length} tokens"
+            )
+        trains.append(cut)
         evals += [tokenize(part.eval, tokenizer, length, part.source.path)[0]] if part.eval is not None else []
         report.append(
             f"{part.source.path}: {stats['documents']:,} documents, {stats['bytes'] / 1e6:.1f} MB, {stats['tokens']:,} tokens"
             + (f"; {stats['empty']:,} empty documents left out" if stats["empty"] else "")
         )
-    train, taken = mix(trains, [part.source.weight for part in documents], seed)
-    for part, windows, used in zip(documents, trains, taken, strict=True):
-        if used < len(windows):
-            report.append(f"{part.source.path}: {used:,} of {len(windows):,} windows used, to keep the weights")
+    train, taken = mix(trains, [part.source.weight for part in documents], args.seed)
+    for part, cut, used in zip(documents, trains, taken, strict=True):
+        if used < len(cut):
+            report.append(f"{part.source.path}: {used:,} of {len(cut):,} windows used, to keep the weights")
     if len(train) < batch_size:
         raise UserError(f"datasets: {len(train)} windows of {length} tokens do not fill one batch of {batch_size}")
     if rest := len(train) % batch_size:
         report.append(f"{rest} of {len(train):,} windows left out, so that all batches are full")
         train = train.select(range(len(train) - rest))
-    return train, _eval_set(evals, data), report
+    return train, _eval_set(evals, length), report
 
 
-def _eval_set(evals: list[Dataset], data: DataConfig) -> Dataset | None:
-    if not data.eval_fraction:
+def _eval_set(evals: list[Dataset], length: int) -> Dataset | None:
+    if not evals:
         return None
-    evaluation = concatenate_datasets(evals) if evals else []
-    if not len(evaluation):
-        raise UserError(f"datasets: the held-out documents fill no window of {data.sequence_length} tokens: raise eval_fraction")
-    return evaluation.with_format("numpy")
+    if not sum(map(len, evals)):
+        raise UserError(f"datasets: the held-out documents fill no window of {length} tokens: raise eval_fraction")
+    return concatenate_datasets([part for part in evals if len(part)]).with_format("numpy")

@@ -99,16 +99,28 @@ def measure(trainer, eval_windows, tokenizer, throughput, started: float) -> dic
     `fraction_of_matmul_rate` compares with what square matrix products reach here and now.
     """
     args, config, steps = trainer.args, trainer.model.config, trainer.state.global_step
-    results = {"parameters": sum(p.numel() for p in meta_model(config).parameters()), "steps": steps, "tokens": steps * throughput.tokens_per_step}
+    results = {
+        "parameters": sum(p.numel() for p in meta_model(config).parameters()),
+        "steps": steps,
+        "tokens": steps * throughput.tokens_per_step,
+    }
     if eval_windows is not None:
         loss = trainer.evaluate()["eval_loss"]
-        results |= {"eval_loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits_per_byte(loss, eval_windows, tokenizer)}
+        results |= {
+            "eval_loss": loss,
+            "perplexity": math.exp(loss),
+            "bits_per_byte": bits_per_byte(loss, eval_windows, tokenizer),
+        }
         results["unigram_entropy"] = unigram_entropy(eval_windows)
     if (rate := throughput.tokens_per_second()) is not None:
         length = throughput.tokens_per_step // trainer.get_total_train_batch_size(args)
         flops = rate * flops_per_token(config, length)
         seconds = time.perf_counter() - started
-        results |= {"tokens_per_second": rate, "end_to_end_tokens_per_second": throughput.session_tokens / seconds, "seconds": seconds}
+        results |= {
+            "tokens_per_second": rate,
+            "end_to_end_tokens_per_second": throughput.session_tokens / seconds,
+            "seconds": seconds,
+        }
         results["model_flops_per_second"] = flops
         if args.device.type == "cpu":  # all ranks at once, as in training
             matmul = torch.tensor([measured_flops(args.device)], dtype=torch.float64)

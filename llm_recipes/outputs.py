@@ -4,6 +4,7 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,13 +12,12 @@ from pathlib import Path
 
 import torch
 import yaml
+from httpx2 import HTTPError
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
-from httpx2 import HTTPError
 from safetensors import safe_open
 from transformers import Trainer, TrainingArguments
 
-from llm_recipes.config import RunConfig
 from llm_recipes.errors import Finished, PushFailed, RecipeExit, UserError
 from llm_recipes.launch import asked_strategy
 from llm_recipes.metrics import meta_model
@@ -33,15 +33,20 @@ FREE = {
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "deepspeed", "peft")
 
 
-def describe(run: RunConfig, identity: dict) -> dict:
-    """Content of run.yaml: every key that is not at its default, data and tokenizer, launch, commit, versions."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(sys.argv[0]).resolve().parent, capture_output=True, text=True)
+def describe(config: dict, identity: dict) -> dict:
+    """Content of run.yaml: the resolved `config`, data and tokenizer, launch, commit, versions."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(sys.argv[0]).resolve().parent, capture_output=True, text=True
+    )
     return {
-        "config": run.resolved,
+        "config": config,
         "identity": identity,
         "launch": {"strategy": asked_strategy(), "world_size": int(os.environ.get("WORLD_SIZE", 1))},
         "git_commit": git.stdout.strip() or None,
-        "versions": {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in LIBRARIES}},
+        "versions": {
+            "python": sys.version.split()[0],
+            **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        },
     }
 
 
@@ -54,7 +59,11 @@ def changed_keys(output_dir: str, run: dict) -> list[str]:
     old, new = ({**r["config"], **r["identity"]} for r in (there, run))
     if old.get("global_batch_size") is None:  # then the batch is what the per-device keys and the launch make of it
         for side, r in ((old, there), (new, run)):
-            side["batch"] = [side.get("per_device_train_batch_size"), side.get("gradient_accumulation_steps"), r["launch"]["world_size"]]
+            side["batch"] = [
+                side.get("per_device_train_batch_size"),
+                side.get("gradient_accumulation_steps"),
+                r["launch"]["world_size"],
+            ]
     keys = [key for key in {**old, **new} if key not in FREE and old.get(key) != new.get(key)]
     return [f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}" for key in keys]
 
@@ -64,17 +73,36 @@ def _short(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def claim(args: TrainingArguments, run: RunConfig, record: dict) -> None:
-    """Takes output_dir for this run and writes run.yaml there. Call it once, before anything else is written.
+def output_problems(output_dir: str, record: dict, needed: int = 0) -> list[str]:
+    """Why this run cannot write `needed` bytes to output_dir, one sentence each."""
+    folder = Path(output_dir).absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        return [f"output_dir: {nearest} is not a folder you can write to"]
+    if needed > (free := shutil.disk_usage(nearest).free):
+        return [f"output_dir: this run needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free in {nearest}"]
+    if changes := changed_keys(output_dir, record):
+        return [
+            f"output_dir: {output_dir} holds another run ({'; '.join(changes[:4])}). Choose another --output_dir, or move it away"
+        ]
+    return []
+
+
+def claim(args, push_to_hub: bool, record: dict) -> None:
+    """Takes `args.output_dir` for this run and writes run.yaml there, on rank 0. The first write of a run.
 
     Raises UserError when another process has the folder, and Finished when this very run is already
     complete there; then only a push that is asked for is done again.
     """
-    folder = Path(args.output_dir)
+    if problems := output_problems(args.output_dir, record):
+        raise UserError("\n".join(problems))
+    folder, main = Path(args.output_dir), int(os.environ.get("RANK", 0)) == 0
     if (folder / "metrics.json").is_file():
-        where = f"; pushed to {push(args)}" if run.push_to_hub and args.process_index == 0 else ""
-        raise Finished(f"{folder}: this run is finished{where}. Move the folder away or choose another --output_dir to train again")
-    if args.process_index == 0:
+        where = f"; pushed to {push(args)}" if push_to_hub and main else ""
+        raise Finished(
+            f"{folder}: this run is finished{where}. Move the folder away or choose another --output_dir to run again"
+        )
+    if main:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
         try:
@@ -114,7 +142,10 @@ def sample(trainer: Trainer, tokenizer, prompts: list[str], new_tokens: int = 80
     trainer.model.eval()
     torch.manual_seed(trainer.args.seed)
     for prompt in prompts:
-        ids = [tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]  # EOS opens a document
+        ids = [
+            tokenizer.eos_token_id,
+            *tokenizer(prompt, add_special_tokens=False)["input_ids"],
+        ]  # EOS opens a document
         inputs = torch.tensor([ids], device=trainer.args.device)
         room = getattr(trainer.model.config, "max_position_embeddings", len(ids) + new_tokens) - len(ids)
         out = trainer.model.generate(
@@ -125,33 +156,38 @@ def sample(trainer: Trainer, tokenizer, prompts: list[str], new_tokens: int = 80
     return texts
 
 
-def write_results(trainer: Trainer, metrics: dict, record: dict, samples: list[str]) -> None:
-    """metrics.json, loss.png and the model card README.md in `output_dir`; prints them and where everything is."""
-    if trainer.args.process_index:
-        return
-    folder = Path(trainer.args.output_dir)
-    _loss_curve(trainer.state.log_history, folder / "loss.png")
-    sources = [source["path"] for source in record["config"]["datasets"]]
-    data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["llm-recipes", "pretrain"],
+def write_results(
+    output_dir: str, record: dict, metrics: dict, sentence: str, samples: list[str] = (), history: list[dict] = ()
+) -> None:
+    """Model card README.md with the loss curve of `history`, and metrics.json last: it marks the run as finished.
+
+    Prints the samples, the metrics and where everything is.
+    """
+    folder, sources = Path(output_dir), [source["path"] for source in record["config"]["datasets"]]
+    if history:
+        _loss_curve(history, folder / "loss.png")
+    front = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation" if history else None, tags=["llm-recipes"],
         datasets=[path for path in sources if path.count("/") == 1 and not Path(path).exists()] or None,
     )  # fmt: skip
-    rows = "\n".join(f"| {key} | {value:,.4g} |" for key, value in metrics.items() if isinstance(value, int | float))
-    shown = "\n\n".join(f"```text\n{text}\n```" for text in samples)
-    (folder / "README.md").write_text(
-        f"---\n{data.to_yaml()}\n---\n\n# {folder.resolve().name}\n\n"
-        f"A {trainer.model.config.model_type} language model of {metrics['parameters']:,} parameters, trained from "
-        f"{', '.join(sources)} with LLM Recipes under {record['launch']['strategy']} on {record['launch']['world_size']} process(es). "
-        "Settings and versions are in `run.yaml`.\n\n"
-        f"![loss](loss.png)\n\n| metric | value |\n| --- | ---: |\n{rows}\n\n## Samples\n\n{shown or 'None were asked for.'}\n"
-    )
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")  # last: it marks the run as finished
+    shown = {key: f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" for key, value in metrics.items()}
+    body = [f"# {folder.resolve().name}", sentence, "Settings, versions and data fingerprints: `run.yaml`."]
+    body += ["![loss](loss.png)"] if history else []
+    body += [
+        "\n".join(["| metric | value |", "| --- | ---: |", *(f"| {key} | {value} |" for key, value in shown.items())])
+    ]
+    body += ["## Samples", *(f"```text\n{text}\n```" for text in samples)] if samples else []
+    (folder / "README.md").write_text("\n\n".join([f"---\n{front.to_yaml()}\n---", *body]) + "\n")
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     for text in samples:
         print(f"---- sample\n{text}")
     print("---- results")
-    for key, value in metrics.items():
-        print(f"{key:<28} {value:,.4f}" if isinstance(value, float) else f"{key:<28} {value:,}")
-    print(f"---- {folder}: model, tokenizer, run.yaml, metrics.json, README.md with the loss curve", flush=True)
+    for key, value in shown.items():
+        print(f"{key:<28} {value}")
+    print(
+        f"---- {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0] != '.'))}",
+        flush=True,
+    )
 
 
 def _loss_curve(history: list[dict], path: Path) -> None:
@@ -167,11 +203,11 @@ def _loss_curve(history: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def repo_id(args: TrainingArguments) -> str:
+def repo_id(args) -> str:
     return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
-def push(args: TrainingArguments, folder: Path | None = None, message: str = "End of training", tries: int = 3) -> str:
+def push(args, folder: Path | None = None, message: str = "End of training", tries: int = 3) -> str:
     """Uploads what others can use, never checkpoints or pickles, and returns the commit's URL.
 
     Raises PushFailed after `tries` attempts; nothing local is touched.
@@ -189,12 +225,14 @@ def push(args: TrainingArguments, folder: Path | None = None, message: str = "En
         except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             time.sleep(2**attempt * (attempt + 1 < tries))
-    raise PushFailed(f"push to the Hub failed: {reason}. The model is whole in {folder}; run the same command again, or: hf upload {repo_id(args)} {folder}")
+    raise PushFailed(
+        f"push to the Hub failed: {reason}. The model is whole in {folder}; run the same command again, or: hf upload {repo_id(args)} {folder}"
+    )
 
 
-def pusher(args: TrainingArguments, run: RunConfig):
+def pusher(args: TrainingArguments, push_to_hub: bool):
     """For `protect`: pushes each checkpoint's model when hub_strategy is every_save; a failure is said and training goes on."""
-    if not (run.push_to_hub and args.hub_strategy == "every_save"):
+    if not (push_to_hub and args.hub_strategy == "every_save"):
         return None
 
     def after_save(checkpoint: Path) -> None:

@@ -1,20 +1,16 @@
 """The checks of every start, all problems at once, and the first screen, which says what will happen."""
 
-import os
-import shutil
-from pathlib import Path
-
+from httpx2 import HTTPError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from httpx2 import HTTPError
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from llm_recipes.config import DataConfig, ModelConfig, RunConfig
+from llm_recipes.config import ModelConfig, RunConfig, WindowConfig
 from llm_recipes.errors import UserError
 from llm_recipes.launch import asked_strategy
 from llm_recipes.metrics import meta_model
-from llm_recipes.outputs import changed_keys, repo_id
+from llm_recipes.outputs import output_problems, repo_id
 
 
 def architecture(model: ModelConfig, tokenizer) -> PreTrainedConfig:
@@ -37,30 +33,41 @@ def architecture(model: ModelConfig, tokenizer) -> PreTrainedConfig:
         for key in keys:
             if not hasattr(known, key):
                 raise ValueError(f"{kind} has no key `{key}`")
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        ids = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         return AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **keys})
     except Exception as error:  # validation errors of huggingface_hub have no common public base
         raise UserError(f"model_config: {' '.join(str(error).split())[:300]}") from error
 
 
-def preflight(args: TrainingArguments, run: RunConfig, data: DataConfig, config: PreTrainedConfig, tokenizer, train, evaluation, report, recorded: dict) -> None:
+def preflight(
+    args: TrainingArguments, run: RunConfig, windows: WindowConfig, config: PreTrainedConfig, tokenizer, train, evaluation,
+    report: list[str], record: dict,
+) -> None:  # fmt: skip
     """Checks everything that can be checked before the model exists and prints the plan on rank 0.
 
     Raises UserError with all problems, one a line, before anything is written.
     """
     problems = []
-    world_size, length = args.world_size, data.sequence_length
+    world_size, length = args.world_size, windows.sequence_length
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
     model = meta_model(config)
     parameters = sum(p.numel() for p in model.parameters())
 
     if len(tokenizer) > config.vocab_size:
-        problems.append(f"the tokenizer has {len(tokenizer)} ids, the model's vocab_size is {config.vocab_size}: raise vocab_size")
+        problems.append(
+            f"the tokenizer has {len(tokenizer)} ids, the model's vocab_size is {config.vocab_size}: raise vocab_size"
+        )
     limit = getattr(config, "max_position_embeddings", None)
     if limit and length > limit:
         problems.append(f"sequence_length {length} is longer than the model's max_position_embeddings {limit}")
     if tokenizer.pad_token_id == tokenizer.eos_token_id and tokenizer.pad_token_id is not None:
-        report.append(f"pad and EOS are the same token {tokenizer.eos_token}: right here, where nothing is padded, wrong for SFT")
+        report.append(
+            f"pad and EOS are the same token {tokenizer.eos_token}: right here, where nothing is padded, wrong for SFT"
+        )
     steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * len(train) // batch)
     if steps and args.warmup_steps >= steps:
         problems.append(f"warmup_steps {args.warmup_steps:g} is not below the {steps} steps of the run")
@@ -69,18 +76,9 @@ def preflight(args: TrainingArguments, run: RunConfig, data: DataConfig, config:
     if args.hub_strategy not in ("end", "every_save"):
         problems.append(f"hub_strategy: {args.hub_strategy.value} is not supported: use end or every_save")
 
-    folder = Path(args.output_dir).absolute()
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        problems.append(f"output_dir: {nearest} is not a folder you can write to")
-    needed, free = 16 * parameters * min(args.save_total_limit or 1, 10) + 4 * parameters, shutil.disk_usage(nearest).free
-    if needed > free:
-        problems.append(f"output_dir: checkpoints need about {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {nearest}")
-    if changes := changed_keys(args.output_dir, recorded):
-        problems.append(
-            f"output_dir: {args.output_dir} holds another run ({'; '.join(changes[:4])}). Choose another --output_dir, or move it away"
-        )
-    if args.push_to_hub and args.process_index == 0:
+    kept = 0 if args.save_strategy == "no" else min(args.save_total_limit or 10, 10)
+    problems += output_problems(args.output_dir, record, needed=parameters * (4 + 16 * kept))
+    if run.push_to_hub and args.process_index == 0:
         problems += _hub_problems(args)
     if problems:
         raise UserError("\n".join(problems))
@@ -93,19 +91,25 @@ def preflight(args: TrainingArguments, run: RunConfig, data: DataConfig, config:
     bytes_each = 16 / world_size if "FSDP" in strategy else shard.get(strategy[-1], 16) if "ZeRO" in strategy else 16
     first = next(iter(evaluation if evaluation is not None else train))["input_ids"]
     print(f"data       {report[0]}" + "".join(f"\n           {line}" for line in report[1:]))
-    if not data.streaming:
-        print(f"           {len(train):,} windows of {length} tokens to train on, {len(evaluation) if evaluation is not None else 0:,} held out")
+    if not windows.streaming:
+        print(
+            f"           {len(train):,} windows of {length} tokens to train on, {len(evaluation) if evaluation is not None else 0:,} held out"
+        )
     print(f"tokenizer  {len(tokenizer):,} ids, documents end with {tokenizer.eos_token}")
     print(f"model      {config.model_type}, {parameters:,} parameters, context {limit or length}")
     print(
         f"batch      {batch} sequences = {world_size} processes x {args.per_device_train_batch_size} x "
         f"{args.gradient_accumulation_steps} accumulation; {batch * length:,} tokens a step"
     )
-    epochs = "" if data.streaming else f", {steps * batch / len(train):.2f} epochs"
-    print(f"steps      {steps:,}: {steps * batch * length:,} tokens{epochs}, {steps * batch * length / parameters:.1f} a parameter")
+    epochs = "" if windows.streaming else f", {steps * batch / len(train):.2f} epochs"
+    print(
+        f"steps      {steps:,}: {steps * batch * length:,} tokens{epochs}, {steps * batch * length / parameters:.1f} a parameter"
+    )
     print(f"strategy   {strategy}, {world_size} processes, {args.device.type}, {dtype}; seed {args.seed}")
-    print(f"memory     {bytes_each * parameters / 1e6:,.0f} MB a device for weights, gradients and Adam states, activations on top")
-    print(f"output     {args.output_dir}; a checkpoint is about {16 * parameters / 1e6:,.0f} MB, {free / 1e9:,.0f} GB free")
+    print(
+        f"memory     {bytes_each * parameters / 1e6:,.0f} MB a device for weights, gradients and Adam states, activations on top"
+    )
+    print(f"output     {args.output_dir}; a checkpoint is about {16 * parameters / 1e6:,.0f} MB")
     print(f"example    {tokenizer.decode(first[:40])!r}", flush=True)
 
 
@@ -116,4 +120,6 @@ def _hub_problems(args: TrainingArguments) -> list[str]:
             print(f"hub        will push to {user}/{repo_id(args)}")
         return []
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
-        return [f"push_to_hub: the Hub does not accept this login ({str(error).strip().splitlines()[0]}): run `hf auth login` or set HF_TOKEN"]
+        return [
+            f"push_to_hub: the Hub does not accept this login ({str(error).strip().splitlines()[0]}): run `hf auth login` or set HF_TOKEN"
+        ]

@@ -2,9 +2,11 @@
 
 import sys
 import time
+import warnings
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.utils.logging import disable_progress_bar
 
 
 class Throughput(ProgressCallback):
@@ -26,14 +28,17 @@ class Throughput(ProgressCallback):
     on_save = _mark
 
     def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.close()
+        if state.is_world_process_zero:
+            bars = sys.stderr.isatty() and not args.disable_tqdm  # in a log file the lines are enough
             self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, disable=not sys.stderr.isatty() or args.disable_tqdm
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, disable=not bars
             )
         self.current_step = state.global_step
         self._mark()
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if sys.stderr.isatty():
+            super().on_prediction_step(args, state, control, **kwargs)
 
     def on_evaluate(self, args, state, control, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
@@ -75,6 +80,11 @@ class Throughput(ProgressCallback):
 
 def show_progress(trainer: Trainer, throughput: Throughput) -> None:
     """Puts `throughput` in the place of the Trainer's own progress callbacks, before the reporters."""
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning
+    )  # DeepSpeed, at every step
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.callback_handler.callbacks.insert(0, throughput)

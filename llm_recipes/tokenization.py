@@ -29,20 +29,34 @@ def train_tokenizer(documents, vocab_size: int, name: str = "datasets") -> PreTr
     """
     special = [EOS, PAD, *CHAT, *SPARE]
     if vocab_size < 256 + len(special):
-        raise UserError(f"tokenizer_vocab_size {vocab_size} is below the {256 + len(special)} ids that bytes and special tokens take")
+        raise UserError(
+            f"tokenizer_vocab_size {vocab_size} is below the {256 + len(special)} ids that bytes and special tokens take"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(_limited(texts(documents, name)), trainer)
     if (got := tokenizer.get_vocab_size()) < 0.95 * vocab_size:
-        raise UserError(f"tokenizer_vocab_size: asked for {vocab_size}, the text supports {got}: ask for less or give more text")
+        raise UserError(
+            f"tokenizer_vocab_size: asked for {vocab_size}, the text supports {got}: ask for less or give more text"
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, extra_special_tokens=[*CHAT, *SPARE], clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        extra_special_tokens=[*CHAT, *SPARE],
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -74,7 +88,9 @@ def load_tokenizer(config: TokenizerConfig, documents: list[Documents]) -> PreTr
         raise UserError("set tokenizer_name_or_path, or tokenizer_vocab_size to train one on the datasets")
     trains = [part.train for part in documents]
     if any(isinstance(train, IterableDataset) for train in trains):
-        raise UserError("streaming cannot train a tokenizer on the spot: run recipes/tokenizer/run.py and set tokenizer_name_or_path")
+        raise UserError(
+            "streaming cannot train a tokenizer on the spot: run recipes/tokenizer/run.py and set tokenizer_name_or_path"
+        )
     folder = cache_dir() / f"tokenizer-{hasher(*map(fingerprint, trains), config.tokenizer_vocab_size, SPLIT, *SPARE)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -84,3 +100,17 @@ def load_tokenizer(config: TokenizerConfig, documents: list[Documents]) -> PreTr
             train_tokenizer(rows, config.tokenizer_vocab_size).save_pretrained(partial)
             shutil.move(partial, folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def quality(tokenizer, held_out: list[str]) -> dict:
+    """Compression on held-out text, and how many of its documents do not come back byte for byte."""
+    if not held_out:
+        return {}
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(held_out, add_special_tokens=False)
+    tokens = sum(len(encoding.ids) for encoding in encodings)
+    decoded = tokenizer.backend_tokenizer.decode_batch([e.ids for e in encodings], skip_special_tokens=False)
+    return {
+        "bytes_per_token": sum(len(text.encode()) for text in held_out) / tokens,
+        "tokens_per_word": tokens / sum(len(text.split()) for text in held_out),
+        "round_trip_failures": sum(a != b for a, b in zip(held_out, decoded, strict=True)),
+    }

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 
 from llm_recipes import metrics, outputs
 from llm_recipes.checkpoints import find_checkpoint, protect
-from llm_recipes.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig, parse
+from llm_recipes.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig, WindowConfig, parse
 from llm_recipes.datasets import identity, load_documents, make_windows
 from llm_recipes.errors import entrypoint
 from llm_recipes.launch import check_strategy
@@ -29,25 +29,23 @@ def main():
     started = time.perf_counter()
 
     # 1. Config. TrainingArguments also joins the process group that the launcher prepared.
-    run, data, tokenizer_config, model_config, args = parse(
-        RunConfig, DataConfig, TokenizerConfig, ModelConfig, TrainingArguments, script=__file__
+    run, data, windows, tokenizer_config, model_config, args = parse(
+        RunConfig, DataConfig, WindowConfig, TokenizerConfig, ModelConfig, TrainingArguments, script=__file__
     )
 
     # 2. Data and tokenizer. One process tokenizes; the others wait, then read the same file.
-    documents = load_documents(data, args.seed)
+    documents = load_documents(data, args.seed, windows.streaming)
     tokenizer = load_tokenizer(tokenizer_config, documents)
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    train_dataset, eval_dataset, report = make_windows(
-        documents, tokenizer, data, batch_size, args.max_steps, args.seed
-    )
+    train_dataset, eval_dataset, report = make_windows(documents, tokenizer, windows, batch_size, args)
 
     # 3. Every check at once, then the plan. Up to here nothing is written to output_dir.
     config = architecture(model_config, tokenizer)
-    record = outputs.describe(run, identity(documents, tokenizer))
-    preflight(args, run, data, config, tokenizer, train_dataset, eval_dataset, report, record)
+    record = outputs.describe(run.resolved, identity(documents, tokenizer))
+    preflight(args, run, windows, config, tokenizer, train_dataset, eval_dataset, report, record)
     if run.dry_run:
         return
-    outputs.claim(args, run, record)
+    outputs.claim(args, run.push_to_hub, record)
 
     # 4. Model, in fp32: bf16 is the Trainer's autocast. After TrainingArguments, so that ZeRO-3
     #    shards it while it is built; by the Auto classes, which alone initialise it right there.
@@ -61,9 +59,9 @@ def main():
     # 5. Trainer
     trainer = Trainer(model, args, causal_lm, train_dataset, eval_dataset, processing_class=tokenizer)
     check_strategy(trainer.accelerator)
-    throughput = Throughput(batch_size * data.sequence_length)
+    throughput = Throughput(batch_size * windows.sequence_length)
     show_progress(trainer, throughput)
-    protect(trainer, after_save=outputs.pusher(args, run))
+    protect(trainer, after_save=outputs.pusher(args, run.push_to_hub))
 
     # 6. Train, from the newest checkpoint that is whole
     trainer.train(resume_from_checkpoint=find_checkpoint(args, run.resume))
@@ -72,7 +70,9 @@ def main():
     outputs.save_model(trainer)
     results = metrics.measure(trainer, eval_dataset, tokenizer, throughput, started)
     samples = outputs.sample(trainer, tokenizer, run.sample_prompts)
-    outputs.write_results(trainer, results, record, samples)
+    if args.process_index == 0:
+        sentence = f"A {config.model_type} language model pretrained from scratch on {results['tokens']:,} tokens."
+        outputs.write_results(args.output_dir, record, results, sentence, samples, trainer.state.log_history)
 
     # 8. Push last: a failure there loses nothing
     if run.push_to_hub and args.process_index == 0:
