@@ -240,11 +240,10 @@ def protect(trainer: Trainer, after_save=None) -> None:
         args.distributed_state.wait_for_everyone()
         if args.process_index == 0:
             commit(folder, step=step, strategy=asked_strategy(), world_size=args.world_size)
-            keep = {trainer.state.best_model_checkpoint and Path(trainer.state.best_model_checkpoint).name}
-            for old in [p for p in checkpoints(args.output_dir) if p.name not in keep][guard.keep or None :]:
-                (old / MANIFEST).unlink(
-                    missing_ok=True
-                )  # first, so that a kill here leaves no half checkpoint that counts
+            best = Path(trainer.state.best_model_checkpoint or "").name
+            others = [path for path in checkpoints(args.output_dir) if path.name != best]
+            for old in others[guard.keep :] if guard.keep else []:
+                (old / MANIFEST).unlink(missing_ok=True)  # first: a kill here must not leave a half checkpoint that counts
                 shutil.rmtree(old)
             if after_save:
                 after_save(folder)

@@ -335,7 +335,7 @@ def parse(*dataclass_types, script: str, argv: list[str] | None = None) -> tuple
     try:
         configs = parser.parse_dict(values)
     except ValueError as error:  # TrainingArguments' own checks across keys
-        raise UserError(f"{_relative(path)}: {error}") from error
+        raise UserError(f"{_relative(path)}: {' '.join(str(error).split())}") from error
     for part in configs:
         if hasattr(part, "resolved"):
             part.resolved = {key: _plain(value) for key, value in values.items() if value != defaults[key]}
@@ -354,7 +354,8 @@ def _from_text(text, hint, choices):
     """Command-line text as YAML where that fits `hint`, else as it stands."""
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-        return cast(value, hint, choices)
+        cast(value, hint, choices)
+        return value
     except (ValueError, yaml.YAMLError):
         fits_text = str in (typing.get_args(hint) or (hint,))
         return text if fits_text or "value" not in locals() else value

@@ -42,11 +42,14 @@ def cache_dir() -> Path:
 
 
 def python_files(packages: bool) -> list[Path]:
-    """Source and documentation of the Python installation, sorted; with `packages` the installed ones instead."""
+    """Source and documentation of the Python installation, sorted; with `packages` the installed ones instead.
+
+    Left out: tests, and `encodings`, which is tables of numbers rather than text.
+    """
     paths = sysconfig.get_paths()
     root = Path(paths["purelib"] if packages else paths["stdlib"])
     found = (path for path in root.rglob("*") if path.suffix in (".py", ".md", ".rst", ".txt") and path.is_file())
-    skip = {"test", "tests", "idle_test", "__pycache__"} | (set() if packages else {"site-packages", "dist-packages"})
+    skip = {"test", "tests", "idle_test", "__pycache__", "encodings"} | (set() if packages else {"site-packages", "dist-packages"})
     return sorted(path for path in found if not skip & set(path.relative_to(root).parts))
 
 
@@ -67,12 +70,12 @@ def _builtin(source: Source) -> Dataset:
 
 def _local_files(source: Source, path: Path) -> tuple[str, list[str]]:
     """(builder of `datasets`, files) of a file or folder."""
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in BUILDERS)
-    kinds = {BUILDERS.get(f.suffix) for f in files}
-    if len(kinds) != 1 or None in kinds:
-        what = ", ".join(sorted({f.suffix or "no extension" for f in files})) or "no data files"
+    found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and f.name[0] != ".")
+    files = [f for f in found if f.suffix in BUILDERS]
+    if len({BUILDERS[f.suffix] for f in files}) != 1:
+        what = ", ".join(sorted({f.suffix or "no suffix" for f in files or found})) or "no files"
         raise UserError(f"datasets: {source.path} holds {what}; use one kind of {', '.join(BUILDERS)}")
-    return kinds.pop(), [str(f) for f in files]
+    return BUILDERS[files[0].suffix], [str(f) for f in files]
 
 
 def load_source(source: Source, streaming: bool = False) -> Dataset | IterableDataset:
@@ -98,7 +101,7 @@ def load_source(source: Source, streaming: bool = False) -> Dataset | IterableDa
         else:
             options = {"data_files": source.data_files, "revision": source.revision, "streaming": streaming}
             data = datasets.load_dataset(source.path, source.name, split=source.split, **options)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, StopIteration) as error:
         raise UserError(f"datasets: {source.path}: {_reason(error, path)}") from error
     theirs = source.columns.get("text", "text")
     for ours in set(source.columns) - {"text"}:
@@ -131,12 +134,16 @@ def _reason(error: Exception, path: Path) -> str:
 
 def texts(documents, name: str) -> Iterator[str]:
     """Texts of `documents`; empty ones are left out. Raises UserError at the first row without text."""
-    for number, row in enumerate(documents):
-        text = row["text"]
-        if not isinstance(text, str):
-            raise UserError(f"datasets: {name}: row {number} has {text!r} where text belongs")
-        if text:
-            yield text
+    number = -1
+    try:
+        for number, row in enumerate(documents):
+            text = row["text"]
+            if not isinstance(text, str):
+                raise UserError(f"datasets: {name}: row {number} has {text!r} where text belongs")
+            if text:
+                yield text
+    except UnicodeDecodeError as error:
+        raise UserError(f"datasets: {name}: the text after row {number} is not UTF-8: {error}") from error
 
 
 class Documents(NamedTuple):

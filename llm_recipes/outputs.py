@@ -64,7 +64,8 @@ def changed_keys(output_dir: str, run: dict) -> list[str]:
                 side.get("gradient_accumulation_steps"),
                 r["launch"]["world_size"],
             ]
-    keys = [key for key in {**old, **new} if key not in FREE and old.get(key) != new.get(key)]
+    order = [*there["config"], *run["config"], *old, *new]  # what the user wrote first
+    keys = [key for key in dict.fromkeys(order) if key not in FREE and old.get(key) != new.get(key)]
     return [f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}" for key in keys]
 
 

@@ -1,0 +1,217 @@
+import dataclasses
+import typing
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from llm_recipes.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TokenizerConfig,
+    TokenizerTrainingConfig,
+    WindowConfig,
+    cast,
+    load_yaml,
+    parse,
+)
+from llm_recipes.errors import UserError
+from tests.running import ROOT
+
+PARTS = (RunConfig, DataConfig, WindowConfig, TokenizerConfig, ModelConfig, TrainingArguments)
+BASE = "output_dir: out\ndatasets:\n  - path: builtin:python\n"
+
+
+def parse_text(tmp_path, text, *argv, parts=PARTS):
+    (tmp_path / "config.yaml").write_text(text)
+    return parse(*parts, script=str(tmp_path / "run.py"), argv=list(argv))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learnin_rate: 1e-3", "config.yaml:4: unknown key `learnin_rate`, did you mean `learning_rate`?"),
+        ("zzz: 1", "config.yaml:4: unknown key `zzz`"),
+        ("env: {A: 1}", "unknown key `env`"),
+        ("learning_rate: true", "learning_rate: expects a number, got true"),
+        ("learning_rate: fast", "learning_rate: expects a number, got 'fast'"),
+        ("learning_rate: 0.1abc", "learning_rate: expects a number"),
+        ("learning_rate: [1e-4, 2e-4]", "learning_rate: expects a number, got [0.0001, 0.0002]"),
+        ("learning_rate: .nan", "learning_rate: expects a finite number"),
+        ("learning_rate: null", "learning_rate: expects a number, got null"),
+        ("learning_rate: -0.1", "learning_rate: must be at least 0, got -0.1"),
+        ("per_device_train_batch_size: 4.5", "per_device_train_batch_size: expects a whole number, got 4.5"),
+        ("per_device_train_batch_size: 0", "must be at least 1"),
+        ("max_steps: '10'", "max_steps: expects a whole number, got '10'"),
+        ("bf16: no", "bf16: expects true or false, got 'no'"),
+        ("eval_strategy: maybe", "eval_strategy: expects one of no, steps, epoch; got 'maybe'"),
+        ("optim: adamw_torch_fussed", "optim: expects one of adamw_torch"),
+        ("log_level: loud", "log_level: expects one of detail, debug"),
+        ("max_steps: 1\nmax_steps: 2", "config.yaml: max_steps is set twice (lines 4 and 5)"),
+        ("model_config: {hidden_size: 1, hidden_size: 2}", "hidden_size is set twice (lines 4 and 4)"),
+        ("sample_prompts: [1]", "sample_prompts: expects text, got 1"),
+        ("hub_token: hf_x", "`hub_token` is not taken: tokens do not belong in configs"),
+        ("deepspeed: ds.json", "the strategy comes from accelerate_configs/"),
+        ("resume_from_checkpoint: true", "use `resume: auto | never | <path>`"),
+        ("a: b: c", "config.yaml:4: mapping values are not allowed here"),
+        ("\tmax_steps: 1", "config.yaml:4:"),
+        ("x: !!python/object/apply:os.system [ls]", "config.yaml:4: could not determine a constructor"),
+        ("load_best_model_at_end: true", "--load_best_model_at_end requires the save and eval strategy to match"),
+        ("global_batch_size: 8\ngradient_accumulation_steps: 2", "derived from global_batch_size"),
+    ],
+)
+def test_bad_value(tmp_path, line, message):
+    with pytest.raises(UserError) as error:
+        parse_text(tmp_path, BASE + line + "\n")
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("path: x, split: 3", "datasets: split: expects text, got 3"),
+        ("path: x, wieght: 1", "datasets: unknown key `wieght`, did you mean `weight`?"),
+        ("name: x", "datasets: missing 1 key: 'path'"),
+    ],
+)
+def test_bad_source(tmp_path, entry, message):
+    with pytest.raises(UserError, match="datasets") as error:
+        parse_text(tmp_path, f"output_dir: out\ndatasets: [{{{entry}}}]\n")
+    assert message in str(error.value)
+
+
+def test_all_problems_at_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        parse_text(tmp_path, "output_dir: out\nlr: 1\nbf16: 3\n", "--max_step", "4")
+    text = str(error.value).splitlines()
+    assert len(text) == 4 and "lr" in text[0] and "bf16" in text[1] and "did you mean `max_steps`" in text[2]
+    assert "`datasets` is missing" in text[3]
+
+
+def test_values_as_written(tmp_path):
+    run, data, _, _, model, args = parse_text(
+        tmp_path,
+        BASE + "learning_rate: 5e-7\neval_strategy: no\nsave_strategy: no\nwarmup_steps: 3\nrun_name: on\n"
+        "lr_scheduler_kwargs: {min_lr_rate: 1e-1}\nmodel_config: {model_type: llama, tie_word_embeddings: true}\n",
+    )
+    assert args.learning_rate == 5e-7 and args.eval_strategy == "no" and args.run_name == "on"
+    assert args.lr_scheduler_kwargs == {"min_lr_rate": 0.1} and model.model_config["tie_word_embeddings"] is True
+    assert data.datasets[0].path == "builtin:python" and data.datasets[0].split == "train"
+    assert args.logging_nan_inf_filter is False and args.use_cpu is True and args.bf16 is False
+    assert run.resolved["learning_rate"] == 5e-7 and "seed" not in run.resolved
+
+
+def test_command_line_overrides(tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(BASE + "max_steps: 7\n")
+    for form in (["--config", str(other)], [f"--config={other}"]):
+        assert parse_text(tmp_path, BASE, *form)[-1].max_steps == 7
+    run, data, *_, args = parse_text(
+        tmp_path, BASE + "max_steps: 5\n", "--max-steps=9", "--dry_run", "--learning_rate", "1e-3", "--run_name", "7",
+        "--datasets", "[{path: a.txt, weight: 2}]", "--sample_prompts", "[a, b]",
+    )  # fmt: skip
+    assert args.max_steps == 9 and run.dry_run and args.learning_rate == 1e-3 and args.run_name == "7"
+    assert data.datasets[0].weight == 2 and run.sample_prompts == ["a", "b"]
+    for argv, message in (
+        (["--max_steps", "x"], "command line: max_steps: expects a whole number, got 'x'"),
+        (["--seed", "1", "--seed", "2"], "--seed is given twice"),
+        (["seed"], "`seed` is not an option"),
+        (["--optim", "foo"], "expects one of"),
+    ):
+        with pytest.raises(UserError) as error:
+            parse_text(tmp_path, BASE, *argv)
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "just words\n"])
+def test_file_without_mapping(tmp_path, text):
+    with pytest.raises(UserError, match="has none"):
+        parse_text(tmp_path, text)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="nowhere.yaml: cannot read this config: No such file"):
+        parse_text(tmp_path, BASE, "--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "limit", "batch", "expected"),
+    [(1, 16, 32, (16, 2)), (2, 16, 32, (16, 1)), (8, 16, 32, (4, 1)), (1, 12, 32, (8, 4)), (64, 4, 512, (4, 2)), (1, 8, 7, (7, 1))],
+)
+def test_batch_is_the_same_on_any_world_size(tmp_path, monkeypatch, world_size, limit, batch, expected):
+    from llm_recipes import config
+
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    values = {"global_batch_size": batch, "per_device_train_batch_size": limit}
+    assert config._derive(values) == []
+    assert (values["per_device_train_batch_size"], values["gradient_accumulation_steps"]) == expected
+    assert expected[0] * expected[1] * world_size == batch
+
+
+def test_batch_that_does_not_divide(monkeypatch):
+    from llm_recipes import config
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert config._derive({"global_batch_size": 32}) == [
+        "global_batch_size 32 does not divide over 3 processes: use a multiple of 3"
+    ]
+
+
+def test_accelerate_precision_is_not_overridden_silently(monkeypatch):
+    from llm_recipes import config
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert "mixed_precision: bf16" in config._derive({"bf16": False})[0]
+    values = {}
+    assert config._derive(values) == [] and values["bf16"] is True
+
+
+@pytest.mark.parametrize("cls", [TrainingArguments, SFTConfig])
+def test_library_defaults_pass_their_own_types(cls):
+    hints = typing.get_type_hints(cls)
+    wrong = {}
+    for field in dataclasses.fields(cls):
+        if not field.init or field.default in (dataclasses.MISSING, None):
+            continue
+        try:
+            assert cast(field.default, hints[field.name], list(field.metadata.get("choices", []))) == field.default
+        except ValueError as error:
+            wrong[field.name] = str(error)
+    assert wrong == {}
+
+
+PARSED_BY = {"recipes/pretrain": PARTS, "recipes/tokenizer": (TokenizerTrainingConfig, DataConfig)}
+RECIPE_YAMLS = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPE_YAMLS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_recipe_yaml_parses(path):
+    parse(*PARSED_BY[str(path.parent.relative_to(ROOT))], script=str(path.parent / "run.py"), argv=["--config", str(path)])
+
+
+def test_every_yaml_is_known():
+    """A YAML added anywhere must be covered by a test; change the counts together with the tree."""
+    accelerate = {p.stem for p in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert accelerate == {"cpu", "single_gpu", "ddp", "zero2", "zero3", "fsdp2"}
+    assert len(RECIPE_YAMLS) == 2
+    tracked = [p for p in ROOT.rglob("*.yaml") if not {".venv", "outputs"} & set(p.relative_to(ROOT).parts)]
+    assert len(tracked) == len(RECIPE_YAMLS) + len(accelerate)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_accelerate_yaml_has_no_key_accelerate_ignores(path):
+    """Accelerate drops unknown nested keys without a word."""
+    from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.commands.launch import launch_command_parser
+
+    config, _ = load_yaml(path)
+    flags = {action.dest for action in launch_command_parser()._actions}
+    for key, value in config.items():
+        assert key in ClusterConfig.__dataclass_fields__, key
+        for nested in value if isinstance(value, dict) else []:
+            assert nested in flags, f"{key}.{nested}"
+    assert "gradient_accumulation_steps" not in str(yaml.safe_dump(config)), "it comes from global_batch_size"
+    assert path.read_text().startswith("#") and "accelerate launch" in path.read_text()
