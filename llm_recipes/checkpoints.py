@@ -243,7 +243,9 @@ def protect(trainer: Trainer, after_save=None) -> None:
             best = Path(trainer.state.best_model_checkpoint or "").name
             others = [path for path in checkpoints(args.output_dir) if path.name != best]
             for old in others[guard.keep :] if guard.keep else []:
-                (old / MANIFEST).unlink(missing_ok=True)  # first: a kill here must not leave a half checkpoint that counts
+                (old / MANIFEST).unlink(
+                    missing_ok=True
+                )  # first: a kill here must not leave a half checkpoint that counts
                 shutil.rmtree(old)
             if after_save:
                 after_save(folder)

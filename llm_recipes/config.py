@@ -391,7 +391,20 @@ def _derive(values: dict) -> list[str]:
         ]
     limit = values.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
     per_rank = batch // world_size
-    micro_batch = max(size for size in range(1, min(limit, per_rank) + 1) if per_rank % size == 0)
-    values["per_device_train_batch_size"] = micro_batch
-    values["gradient_accumulation_steps"] = per_rank // micro_batch
+    values["per_device_train_batch_size"] = micro_batch(per_rank, limit)
+    values["gradient_accumulation_steps"] = per_rank // values["per_device_train_batch_size"]
     return []
+
+
+def micro_batch(per_rank: int, limit: int) -> int:
+    """Largest batch up to `limit` that divides the `per_rank` sequences evenly."""
+    return max(size for size in range(1, min(limit, per_rank) + 1) if per_rank % size == 0)
+
+
+def check_local(key: str, name: str) -> None:
+    """Raises UserError when `name` can only be a local folder and is not there, with the command that makes it."""
+    if name.startswith((".", "/", "~", "outputs/")) and not Path(name).expanduser().is_dir():
+        stage = Path(name).name if name.startswith("outputs/") else None
+        script = Path("recipes") / (stage or "") / "run.py"
+        made = f": run {script} first" if stage and script.is_file() else f" (working directory: {Path.cwd()})"
+        raise UserError(f"{key}: {name} does not exist{made}")

@@ -25,7 +25,7 @@ from filelock import FileLock
 from transformers import TrainingArguments
 
 from llm_recipes._compat import fingerprint, hasher
-from llm_recipes.config import DataConfig, Source, WindowConfig
+from llm_recipes.config import DataConfig, Source, WindowConfig, micro_batch
 from llm_recipes.errors import UserError
 
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -49,7 +49,9 @@ def python_files(packages: bool) -> list[Path]:
     paths = sysconfig.get_paths()
     root = Path(paths["purelib"] if packages else paths["stdlib"])
     found = (path for path in root.rglob("*") if path.suffix in (".py", ".md", ".rst", ".txt") and path.is_file())
-    skip = {"test", "tests", "idle_test", "__pycache__", "encodings"} | (set() if packages else {"site-packages", "dist-packages"})
+    skip = {"test", "tests", "idle_test", "__pycache__", "encodings"} | (
+        set() if packages else {"site-packages", "dist-packages"}
+    )
     return sorted(path for path in found if not skip & set(path.relative_to(root).parts))
 
 
@@ -302,49 +304,48 @@ def make_windows(
 ):
     """(train windows, eval windows or None, report) for the Trainer; report is a list of sentences for the first screen.
 
-    The train set is cut to whole batches of `batch_size`, so every world size sees the same batches.
+    Both sets are cut to whole batches of `batch_size`, and the evaluation's micro-batch to a divisor
+    of it: then every world size sees the same batches, and the mean of the losses is exact.
     """
-    length, report = windows.sequence_length, []
-    held_out = documents[0].eval is not None
-    if windows.streaming:
-        if args.max_steps <= 0:
-            raise UserError("streaming has no end: set max_steps")
-        blocks = (
-            windows_of(token_stream(part.eval, tokenizer, part.source.path), length) for part in documents if held_out
-        )
-        evals = [Dataset.from_dict({"input_ids": list(islice(chain.from_iterable(b), STREAMED_EVAL))}) for b in blocks]
-        report.append(
-            "streamed in stored order: shuffle the files beforehand; a resume reads again what was trained on"
-        )
-        return StreamedWindows(documents, tokenizer, length), _eval_set(evals, length), report
-    trains, evals = [], []
+    length, report, trains, evals = windows.sequence_length, [], [], []
+    if windows.streaming and args.max_steps <= 0:
+        raise UserError("streaming has no end: set max_steps")
     for part in documents:
-        cut, stats = tokenize(part.train, tokenizer, length, part.source.path)
-        if not len(cut):
-            raise UserError(
-                f"datasets: {part.source.path} has {stats['documents']} documents with text, too few for one window of {length} tokens"
+        name = part.source.path
+        if windows.streaming:
+            if part.eval is not None:
+                cut = chain.from_iterable(windows_of(token_stream(part.eval, tokenizer, name), length))
+                evals.append(Dataset.from_dict({"input_ids": list(islice(cut, STREAMED_EVAL))}))
+            report.append(
+                f"{name}: streamed in stored order, shuffle it beforehand; a resume reads again what was trained on"
             )
+            continue
+        if part.eval is not None:
+            evals.append(tokenize(part.eval, tokenizer, length, name)[0])
+        cut, stats = tokenize(part.train, tokenizer, length, name)
         trains.append(cut)
-        evals += [tokenize(part.eval, tokenizer, length, part.source.path)[0]] if part.eval is not None else []
+        left_out = f"; {stats['empty']:,} empty documents left out" if stats["empty"] else ""
         report.append(
-            f"{part.source.path}: {stats['documents']:,} documents, {stats['bytes'] / 1e6:.1f} MB, {stats['tokens']:,} tokens"
-            + (f"; {stats['empty']:,} empty documents left out" if stats["empty"] else "")
+            f"{name}: {stats['documents']:,} documents, {stats['bytes'] / 1e6:.1f} MB, {stats['tokens']:,} tokens{left_out}"
         )
+    evaluation = None
+    if evals:
+        args.per_device_eval_batch_size = micro_batch(batch_size // args.world_size, args.per_device_eval_batch_size)
+        whole = concatenate_datasets([part for part in evals if len(part)] or evals)
+        evaluation = _whole_batches(whole, batch_size, "held out (raise eval_fraction)", report).with_format("numpy")
+    if windows.streaming:
+        return StreamedWindows(documents, tokenizer, length), evaluation, report
     train, taken = mix(trains, [part.source.weight for part in documents], args.seed)
     for part, cut, used in zip(documents, trains, taken, strict=True):
         if used < len(cut):
             report.append(f"{part.source.path}: {used:,} of {len(cut):,} windows used, to keep the weights")
-    if len(train) < batch_size:
-        raise UserError(f"datasets: {len(train)} windows of {length} tokens do not fill one batch of {batch_size}")
-    if rest := len(train) % batch_size:
-        report.append(f"{rest} of {len(train):,} windows left out, so that all batches are full")
-        train = train.select(range(len(train) - rest))
-    return train, _eval_set(evals, length), report
+    return _whole_batches(train, batch_size, "to train on", report), evaluation, report
 
 
-def _eval_set(evals: list[Dataset], length: int) -> Dataset | None:
-    if not evals:
-        return None
-    if not sum(map(len, evals)):
-        raise UserError(f"datasets: the held-out documents fill no window of {length} tokens: raise eval_fraction")
-    return concatenate_datasets([part for part in evals if len(part)]).with_format("numpy")
+def _whole_batches(cut: Dataset, batch_size: int, what: str, report: list[str]) -> Dataset:
+    rest = len(cut) % batch_size
+    if rest == len(cut):
+        raise UserError(f"datasets: {len(cut)} windows {what}, fewer than one batch of {batch_size}")
+    if rest:
+        report.append(f"{rest} of {len(cut):,} windows {what.split(' (')[0]} left out, so that all batches are full")
+    return cut.select(range(len(cut) - rest))

@@ -4,8 +4,11 @@ import functools
 import os
 import sys
 import time
+import warnings
 
+import datasets
 import torch.distributed
+import transformers
 
 
 class RecipeExit(Exception):
@@ -53,6 +56,7 @@ def entrypoint(main):
 
     @functools.wraps(main)
     def run():
+        _quiet()
         try:
             main()
         except RecipeExit as stop:
@@ -66,3 +70,11 @@ def entrypoint(main):
             torch.distributed.destroy_process_group()
 
     return run
+
+
+def _quiet() -> None:
+    """Bars are for terminals: in a log file each refresh is a line. And DeepSpeed's calls warn at every step."""
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()

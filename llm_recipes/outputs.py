@@ -214,20 +214,31 @@ def push(args, folder: Path | None = None, message: str = "End of training", tri
     Raises PushFailed after `tries` attempts; nothing local is touched.
     """
     folder = folder or Path(args.output_dir)
+    kinds, ours = (
+        (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".png", ".yaml"),
+        ("complete.json", "trainer_state.json"),
+    )
+    names = [
+        path.name for path in folder.iterdir() if path.is_file() and path.suffix in kinds and path.name not in ours
+    ]
+    api = HfApi()
     for attempt in range(tries):
         try:
-            repo = HfApi().create_repo(repo_id(args), private=args.hub_private_repo, exist_ok=True).repo_id
-            patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md", "loss.png", "run.yaml"]
-            private = ["checkpoint-*", "*-checkpoint-*", "complete.json", "trainer_state.json", "global_step*"]
-            return HfApi().upload_folder(
-                repo_id=repo, folder_path=folder, commit_message=message, revision=args.hub_revision,
-                allow_patterns=patterns, ignore_patterns=private + [f"{p}/*" for p in private],
-            ).commit_url  # fmt: skip
-        except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            repo = api.create_repo(repo_id(args), private=args.hub_private_repo, exist_ok=True).repo_id
+            if args.hub_revision:
+                api.create_branch(repo, branch=args.hub_revision, exist_ok=True)
+            return api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                allow_patterns=names,
+                commit_message=message,
+                revision=args.hub_revision,
+            ).commit_url
+        except (HfHubHTTPError, HTTPError, OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
             time.sleep(2**attempt * (attempt + 1 < tries))
     raise PushFailed(
-        f"push to the Hub failed: {reason}. The model is whole in {folder}; run the same command again, or: hf upload {repo_id(args)} {folder}"
+        f"push of {repo_id(args)} to the Hub failed: {reason[:300]}. The model is whole in {folder}; the same command pushes it again"
     )
 
 

@@ -6,7 +6,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from llm_recipes.config import ModelConfig, RunConfig, WindowConfig
+from llm_recipes.config import ModelConfig, RunConfig, WindowConfig, check_local
 from llm_recipes.errors import UserError
 from llm_recipes.launch import asked_strategy
 from llm_recipes.metrics import meta_model
@@ -22,6 +22,7 @@ def architecture(model: ModelConfig, tokenizer) -> PreTrainedConfig:
     if (model.model_config is None) == (model.model_name_or_path is None):
         raise UserError("set model_config to train from scratch, or model_name_or_path to continue")
     if model.model_name_or_path:
+        check_local("model_name_or_path", model.model_name_or_path)
         try:
             return AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision or "main")
         except (OSError, ValueError) as error:
@@ -71,6 +72,8 @@ def preflight(
     steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * len(train) // batch)
     if steps and args.warmup_steps >= steps:
         problems.append(f"warmup_steps {args.warmup_steps:g} is not below the {steps} steps of the run")
+    if args.eval_strategy != "no" and evaluation is None:
+        problems.append(f"eval_strategy: {args.eval_strategy.value} needs data: set eval_fraction above 0")
     if missing := set(args.report_to) - set(get_available_reporting_integrations()):
         problems.append(f"report_to: {', '.join(sorted(missing))} is not installed: pip install -e '.[track]'")
     if args.hub_strategy not in ("end", "every_save"):

@@ -2,11 +2,9 @@
 
 import sys
 import time
-import warnings
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.utils.logging import disable_progress_bar
 
 
 class Throughput(ProgressCallback):
@@ -80,11 +78,6 @@ class Throughput(ProgressCallback):
 
 def show_progress(trainer: Trainer, throughput: Throughput) -> None:
     """Puts `throughput` in the place of the Trainer's own progress callbacks, before the reporters."""
-    warnings.filterwarnings(
-        "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning
-    )  # DeepSpeed, at every step
-    if not sys.stderr.isatty():
-        disable_progress_bar()
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.callback_handler.callbacks.insert(0, throughput)

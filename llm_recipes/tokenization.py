@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm_recipes._compat import fingerprint, hasher
-from llm_recipes.config import TokenizerConfig
+from llm_recipes.config import TokenizerConfig, check_local
 from llm_recipes.datasets import Documents, cache_dir, texts
 from llm_recipes.errors import UserError
 
@@ -77,6 +77,7 @@ def load_tokenizer(config: TokenizerConfig, documents: list[Documents]) -> PreTr
     if (name := config.tokenizer_name_or_path) is not None:
         if config.tokenizer_vocab_size is not None:
             raise UserError("set tokenizer_name_or_path or tokenizer_vocab_size, not both")
+        check_local("tokenizer_name_or_path", name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:

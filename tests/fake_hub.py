@@ -1,6 +1,6 @@
 """A small Hugging Face Hub on localhost: the installed client talks to it over real HTTP.
 
-    with FakeHub(token="hf_...") as hub:
+    with FakeHub(token="hf_...") as hub:  # a real server, from here to `stop`
         ...  # with HF_ENDPOINT=hub.url, HF_TOKEN, and HF_HUB_DISABLE_XET=1 so that large files take the LFS way
         hub.files["somebody/tiny"]["model.safetensors"]  # -> bytes
 
@@ -25,7 +25,6 @@ class Refusal(Exception):
     """An answer that is not 200."""
 
     def __init__(self, status: int, error: str, **more):
-        super().__init__(error)
         self.status, self.answer = status, {"error": error, **more}
 
 
@@ -37,20 +36,15 @@ class FakeHub:
         self.files = {}  # repository -> path -> bytes
         self.visibility = {}  # repository -> what create_repo asked for
         self.messages = []  # of the commits
-        self.authorizations = []  # Authorization header of every request, None without one
-        self.requests = []  # "POST /api/repos/create", ...
+        self.requests, self.authorizations = [], []  # "POST /api/repos/create" and its Authorization header or None
         self._stored = {}  # sha256 -> bytes that arrived at the storage
-        self._server = None
-        self._lock = threading.Lock()  # the client uploads large files in parallel
 
-    def start(self):
         class Handler(BaseHTTPRequestHandler):  # speaks HTTP/1.0, so that no connection outlives `stop`
             def reply(handler):
                 body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
-                request = handler.command, urlsplit(handler.path).path, handler.headers.get("Authorization"), body
+                path, authorization = urlsplit(handler.path).path, handler.headers.get("Authorization")
                 try:
-                    with self._lock:
-                        status, answer = 200, self.answer(*request)
+                    status, answer = 200, self.answer(handler.command, path, authorization, body)
                 except Refusal as refusal:
                     status, answer = refusal.status, refusal.answer
                 data = json.dumps(answer).encode()
@@ -67,16 +61,14 @@ class FakeHub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
 
     def stop(self):
-        """From here on connections are refused; a second call does nothing."""
-        if self._server:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
+        """From here on connections are refused. A second call does nothing."""
+        self._server.shutdown()
+        self._server.server_close()
 
-    __enter__ = start
+    def __enter__(self):
+        return self
 
     def __exit__(self, *error):
         self.stop()

@@ -32,7 +32,9 @@ def state(folder: Path) -> list[str]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in row]
+    return [
+        row["loss"] for row in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in row
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,9 @@ def test_kill_during_a_save(tiny, straight, write):
     config = tiny(**KEYS)
     killed = run("--config", config, fault=f"kill_in_save:2:{write}")
     assert killed.code == -signal.SIGKILL
-    assert damage(Path("out/checkpoint-10")) is None and damage(Path("out/checkpoint-20")) == "its save was not finished"
+    assert (
+        damage(Path("out/checkpoint-10")) is None and damage(Path("out/checkpoint-20")) == "its save was not finished"
+    )
     done = run("--config", config)
     assert done.code == 0, done.err
     assert "checkpoint-20: its save was not finished; renamed to broken-checkpoint-20" in done.out
@@ -223,7 +227,9 @@ def test_non_finite_loss_stops_before_the_update(tiny, inf):
     step = int(message.split("step ")[1].split(":")[0])
     newest = checkpoints("out")[0] if checkpoints("out") else None
     if newest is not None:
-        assert int(newest.name[11:]) < step and all(t.isfinite().all() for t in load_file(newest / "model.safetensors").values())
+        assert int(newest.name[11:]) < step and all(
+            t.isfinite().all() for t in load_file(newest / "model.safetensors").values()
+        )
     assert not Path("out/model.safetensors").exists()
 
 
@@ -237,8 +243,12 @@ def test_weights_are_untouched_by_the_step_that_is_not_finite(tiny):
 
     keys = dict(TINY_MODEL)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(keys.pop("model_type"), vocab_size=50, **keys))
-    windows = Dataset.from_dict({"input_ids": np.random.default_rng(0).integers(0, 50, (8, 16)).tolist()}).with_format("numpy")
-    args = TrainingArguments("out", use_cpu=True, max_steps=4, per_device_train_batch_size=2, report_to="none", save_strategy="no")
+    windows = Dataset.from_dict({"input_ids": np.random.default_rng(0).integers(0, 50, (8, 16)).tolist()}).with_format(
+        "numpy"
+    )
+    args = TrainingArguments(
+        "out", use_cpu=True, max_steps=4, per_device_train_batch_size=2, report_to="none", save_strategy="no"
+    )
     trainer = Trainer(model, args, causal_lm, windows)
     protect(trainer)
     before, weight = [], model.lm_head.weight

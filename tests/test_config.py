@@ -139,7 +139,14 @@ def test_missing_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("world_size", "limit", "batch", "expected"),
-    [(1, 16, 32, (16, 2)), (2, 16, 32, (16, 1)), (8, 16, 32, (4, 1)), (1, 12, 32, (8, 4)), (64, 4, 512, (4, 2)), (1, 8, 7, (7, 1))],
+    [
+        (1, 16, 32, (16, 2)),
+        (2, 16, 32, (16, 1)),
+        (8, 16, 32, (4, 1)),
+        (1, 12, 32, (8, 4)),
+        (64, 4, 512, (4, 2)),
+        (1, 8, 7, (7, 1)),
+    ],
 )
 def test_batch_is_the_same_on_any_world_size(tmp_path, monkeypatch, world_size, limit, batch, expected):
     from llm_recipes import config
@@ -189,7 +196,9 @@ RECIPE_YAMLS = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPE_YAMLS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_recipe_yaml_parses(path):
-    parse(*PARSED_BY[str(path.parent.relative_to(ROOT))], script=str(path.parent / "run.py"), argv=["--config", str(path)])
+    parse(
+        *PARSED_BY[str(path.parent.relative_to(ROOT))], script=str(path.parent / "run.py"), argv=["--config", str(path)]
+    )
 
 
 def test_every_yaml_is_known():

@@ -25,7 +25,7 @@ from tests.running import write_texts
 
 
 class Args:
-    max_steps, seed = 100, 0
+    max_steps, seed, world_size, per_device_eval_batch_size = 100, 0, 1, 8
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,10 @@ def test_builtin_python_is_source_and_documentation():
     assert not any({"site-packages", "test", "encodings"} & set(p.parts) for p in paths)
     assert paths == sorted(paths)
     data = load_source(Source("builtin:python"))
-    assert 5e6 < sum(map(len, data["text"])) < 1e8 and data._fingerprint == load_source(Source("builtin:python"))._fingerprint
+    assert (
+        5e6 < sum(map(len, data["text"])) < 1e8
+        and data._fingerprint == load_source(Source("builtin:python"))._fingerprint
+    )
     packages = load_source(Source("builtin:python", name="packages"))
     assert sum(map(len, packages["text"])) > 1e7
 
@@ -228,10 +231,12 @@ def test_streaming_yields_the_same_windows_and_never_the_held_out(tmp_path, toke
     stream = [i for row in kept * 2 for i in [*ids_of(tokenizer, row), tokenizer.eos_token_id]]
     got = StreamedWindows(documents, tokenizer, 16)
     n = len(stream) // 16
-    assert np.array_equal([row["input_ids"] for _, row in zip(range(n), got, strict=False)], np.reshape(stream[: n * 16], (n, 16)))
+    assert np.array_equal(
+        [row["input_ids"] for _, row in zip(range(n), got, strict=False)], np.reshape(stream[: n * 16], (n, 16))
+    )
     train, evaluation, report = make_windows(documents, tokenizer, WindowConfig(16, streaming=True), 4, Args)
     held = [i for row in rows[::5] for i in [*ids_of(tokenizer, row), tokenizer.eos_token_id]]
-    assert np.array_equal(np.concatenate(evaluation["input_ids"]), held[: len(held) // 16 * 16])
+    assert np.array_equal(np.concatenate(evaluation["input_ids"]), held[: len(held) // 64 * 64])
     assert "a resume reads again" in report[0] and isinstance(train, StreamedWindows)
 
 
@@ -248,11 +253,17 @@ def test_streaming_mixes_by_weight(tmp_path, tokenizer):
 def test_too_little_data_is_said(tmp_path, tokenizer):
     path = write_texts(tmp_path / "t.jsonl", rows=10)
     for fraction, length, batch, message in (
-        (0.1, 4096, 1, "too few for one window of 4096 tokens"),
-        (0.1, 16, 1000, "do not fill one batch of 1000"),
-        (0.1, 128, 1, "the held-out documents fill no window of 128 tokens: raise eval_fraction"),
+        (0, 4096, 1, "0 windows to train on, fewer than one batch of 1"),
+        (0, 16, 1000, "windows to train on, fewer than one batch of 1000"),
+        (0.1, 128, 1, "0 windows held out \\(raise eval_fraction\\), fewer than one batch of 1"),
     ):
         with pytest.raises(UserError, match=message):
-            make_windows(load_documents(DataConfig([Source(str(path))], fraction), 0), tokenizer, WindowConfig(length), batch, Args)
+            make_windows(
+                load_documents(DataConfig([Source(str(path))], fraction), 0),
+                tokenizer,
+                WindowConfig(length),
+                batch,
+                Args,
+            )
     with pytest.raises(UserError, match="1 document\\(s\\) cannot be split"):
         load_documents(DataConfig([Source(str(write_texts(tmp_path / "one.jsonl", rows=1)))], 0.5), 0)

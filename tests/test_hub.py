@@ -104,7 +104,7 @@ class Run:
     """The pretraining recipe, tiny and with push_to_hub, in a folder of its own and with a Hub of its own."""
 
     def __init__(self, folder: Path, token: str | None = CANARY, fail: str | None = None):
-        self.output, self.hub = folder / "out", FakeHub(CANARY).start()
+        self.output, self.hub = folder / "out", FakeHub(CANARY)
         self.hub.fail = fail
         words = ["the", "quick", "brown", "fox", "jumps", "over", "one", "lazy", "dog", "seven", "wizards"]
         lines = [" ".join(words[(i * k) % len(words)] for k in range(1, 9)) + f" {i}." for i in range(200)]
@@ -127,13 +127,15 @@ class Run:
         self.start()
 
     def start(self) -> None:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(self.command, cwd=ROOT, env=self.env, **pipes)
+        with self.log("out").open("w") as out, self.log("err").open("w") as err:
+            self.process = subprocess.Popen(self.command, cwd=ROOT, env=self.env, stdout=out, stderr=err)
+
+    def log(self, stream: str) -> Path:
+        return self.output.with_name(f"std{stream}.txt")
 
     def wait(self) -> tuple[int, str, str]:
-        """(exit code, stdout, stderr)"""
-        out, err = self.process.communicate(timeout=120)
-        return self.process.returncode, out, err
+        """(exit code, stdout, stderr) of the latest start."""
+        return self.process.wait(timeout=120), self.log("out").read_text(), self.log("err").read_text()
 
 
 @pytest.fixture(scope="module")

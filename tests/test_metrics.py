@@ -9,7 +9,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_recipes.config import Source
 from llm_recipes.datasets import load_source
-from llm_recipes.metrics import PEAK_TFLOPS, bits_per_byte, flops_per_token, measured_flops, peak_flops, token_bytes, unigram_entropy
+from llm_recipes.metrics import (
+    PEAK_TFLOPS,
+    bits_per_byte,
+    flops_per_token,
+    measured_flops,
+    peak_flops,
+    token_bytes,
+    unigram_entropy,
+)
 from llm_recipes.tokenization import train_tokenizer
 
 

@@ -18,7 +18,10 @@ def tokenizer():
 def test_any_text_round_trips(tokenizer):
     rng = random.Random(0)
     texts = ["", " ", "\n\n\t x", "naïve 日本語 \U0001f600\u200d", f"a{EOS}b", "  def f(x):\n\treturn 'é'\r\n"]
-    texts += ["".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xA0, 0xD7FF)])) for _ in range(50)) for _ in range(50)]
+    texts += [
+        "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xA0, 0xD7FF)])) for _ in range(50))
+        for _ in range(50)
+    ]
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert tokenizer.decode(ids) == text
@@ -39,13 +42,17 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     text = "import os\nprint(f'{os.name} 42')  # <|im_end|>"
-    assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.all_special_ids == tokenizer.all_special_ids
+    assert (
+        again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.all_special_ids == tokenizer.all_special_ids
+    )
     assert again.clean_up_tokenization_spaces is False
 
 
 def test_training_is_deterministic():
     rows = load_source(Source("builtin:python")).select(range(30))
-    assert train_tokenizer(rows, 600).backend_tokenizer.to_str() == train_tokenizer(rows, 600).backend_tokenizer.to_str()
+    assert (
+        train_tokenizer(rows, 600).backend_tokenizer.to_str() == train_tokenizer(rows, 600).backend_tokenizer.to_str()
+    )
 
 
 def test_sizes_the_text_cannot_give_are_refused():
@@ -82,7 +89,9 @@ def test_recipe(tmp_path, monkeypatch):
     argv = ["--datasets", f"[{{path: {source}}}]", "--vocab_size", "300", "--output_dir", "out"]
     done = run(*argv, script=ROOT / "recipes/tokenizer/run.py")
     assert done.code == 0, done.err
-    assert {"tokenizer.json", "tokenizer_config.json", "run.yaml", "metrics.json", "README.md"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "run.yaml", "metrics.json", "README.md"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 300
     again = run(*argv, script=ROOT / "recipes/tokenizer/run.py")
     assert again.code == 0 and "is finished" in again.err

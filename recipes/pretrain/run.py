@@ -10,7 +10,7 @@ Without --config it reads config.yaml beside this file. Copy the folder and chan
 import time
 
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from llm_recipes import metrics, outputs
 from llm_recipes.checkpoints import find_checkpoint, protect
@@ -18,6 +18,7 @@ from llm_recipes.config import DataConfig, ModelConfig, RunConfig, TokenizerConf
 from llm_recipes.datasets import identity, load_documents, make_windows
 from llm_recipes.errors import entrypoint
 from llm_recipes.launch import check_strategy
+from llm_recipes.models import from_scratch
 from llm_recipes.objectives import causal_lm
 from llm_recipes.preflight import architecture, preflight
 from llm_recipes.progress import Throughput, show_progress
@@ -48,13 +49,13 @@ def main():
     outputs.claim(args, run.push_to_hub, record)
 
     # 4. Model, in fp32: bf16 is the Trainer's autocast. After TrainingArguments, so that ZeRO-3
-    #    shards it while it is built; by the Auto classes, which alone initialise it right there.
-    set_seed(args.seed)
-    options = {"dtype": torch.float32, "attn_implementation": model_config.attn_implementation}
+    #    shards it while it is built.
+    options = {"attn_implementation": model_config.attn_implementation}
     if model_config.model_name_or_path is None:
-        model = AutoModelForCausalLM.from_config(config, **options)
+        model = from_scratch(config, args.seed, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(model_config.model_name_or_path, config=config, **options)
+        options |= {"config": config, "revision": model_config.model_revision, "dtype": torch.float32}
+        model = AutoModelForCausalLM.from_pretrained(model_config.model_name_or_path, **options)
 
     # 5. Trainer
     trainer = Trainer(model, args, causal_lm, train_dataset, eval_dataset, processing_class=tokenizer)

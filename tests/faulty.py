@@ -1,0 +1,14 @@
+"""The pretraining recipe with a fault of tests/running.py in it, for `accelerate launch`."""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.running import PRETRAIN, apply
+
+if os.environ["FAULT_RANK"] in ("", os.environ["RANK"]):
+    apply(os.environ["FAULT"])
+sys.argv[0] = str(PRETRAIN)
+runpy.run_path(str(PRETRAIN), run_name="__main__")

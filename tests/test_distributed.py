@@ -1,0 +1,88 @@
+"""Real launches on two CPU processes: the same optimisation as one process, and the same care."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from llm_recipes.checkpoints import checkpoints, damage
+from tests.running import TINY_MODEL, launch, run
+
+KEYS = {
+    "global_batch_size": 8, "max_steps": 8, "save_steps": 4, "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine",
+    "model_config": TINY_MODEL | {"tie_word_embeddings": True},
+}  # fmt: skip
+
+
+def curve(folder="out"):
+    state = checkpoints(folder)[0] / "trainer_state.json"
+    return [(row["loss"], row["grad_norm"]) for row in json.loads(state.read_text())["log_history"] if "loss" in row]
+
+
+def difference(first, second):
+    a, b = load_file(f"{first}/model.safetensors"), load_file(f"{second}/model.safetensors")
+    tied = {"lm_head.weight"}  # DeepSpeed hands every name over, tied ones too
+    assert a.keys() ^ b.keys() <= tied
+    return max((a[name] - b[name]).abs().max().item() for name in a.keys() & b.keys())
+
+
+@pytest.mark.parametrize(
+    ("config", "fault", "shards"),
+    [("ddp", "", "DDP"), ("zero2", "", "ZeRO-2"), ("zero3", "", "ZeRO-3"), ("fsdp2", "fsdp_on_cpu", "FSDP2")],
+)
+def test_two_processes_learn_what_one_learns(tiny, config, fault, shards):
+    """Loss and gradient norm of every step within 2e-5, final weights within 1e-4, in fp32; sums in another order."""
+    path = tiny(**KEYS, output_dir="one")
+    one = run("--config", path)
+    assert one.code == 0, one.err
+    two = launch(config, "--config", path, "--output_dir", "two", fault=fault)
+    assert two.code == 0, two.err[-3000:]
+    assert (
+        f"{shards}, 2 processes, cpu, fp32" in two.out and "8 sequences = 2 processes x 2 x 2 accumulation" in two.out
+    )
+    worst = max(abs(x - y) for a, b in zip(curve("one"), curve("two"), strict=True) for x, y in zip(a, b, strict=True))
+    assert worst < 2e-5 and difference("one", "two") < 1e-4
+    first, second = (json.loads(Path(f, "metrics.json").read_text()) for f in ("one", "two"))
+    assert first["eval_loss"] == pytest.approx(second["eval_loss"], abs=2e-5) and first["tokens"] == second["tokens"]
+    assert all(damage(p) is None for p in checkpoints("two"))
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_signal_to_one_rank_stops_all_and_resumes_exactly(tiny, config):
+    path = tiny(**KEYS, output_dir="straight")
+    assert launch(config, "--config", path).code == 0
+    stopped = launch(
+        config, "--config", path, "--output_dir", "parts", fault=f"send_signal:5:{signal.SIGTERM.value}", rank=1
+    )
+    assert stopped.code != 0 and "the same command continues from there" in stopped.err
+    assert [p.name for p in checkpoints("parts")] == ["checkpoint-5", "checkpoint-4"] and damage(
+        checkpoints("parts")[0]
+    ) is None
+    if config == "zero3":
+        other = launch(config, "--config", path, "--output_dir", "parts", processes=1)
+        assert "was written by 2 processes under DeepSpeed ZeRO-3: launch with --num_processes 2" in other.err
+    again = launch(config, "--config", path, "--output_dir", "parts")
+    assert again.code == 0, again.err[-3000:]
+    assert curve("parts") == curve("straight") and difference("parts", "straight") == 0
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+def test_non_finite_loss_stops_before_the_update(tiny, config):
+    """DeepSpeed would go on: ZeRO-2 with nan weights, ZeRO-3 by dropping the step in silence."""
+    done = launch(config, "--config", tiny(**KEYS | {"max_steps": 40, "save_steps": 1}), fault="poison_window:17")
+    assert done.code != 0 and "the loss is not finite; stopped before the update" in done.err
+    said = done.err.split("stopped before the update. Training windows: ")[1].split(".")[0]
+    assert "17" in said.split(", ")
+    step = int(done.err.split(": the loss is not finite")[0].split("step ")[-1])
+    newest = checkpoints("out")
+    assert [int(p.name[11:]) for p in newest] == list(range(step - 1, 0, -1))
+    if newest:
+        assert all(t.isfinite().all() for t in load_file(newest[0] / "model.safetensors").values())
+
+
+def test_fsdp_on_cpu_is_refused(tiny):
+    done = launch("fsdp2", "--config", tiny(**KEYS))
+    assert done.code != 0 and "FSDP needs GPUs: without them Accelerate runs plain DDP and says nothing" in done.err
+    assert not Path("out").exists()

@@ -1,0 +1,360 @@
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from llm_recipes.models import from_scratch
+from llm_recipes.objectives import causal_lm
+from tests.running import PRETRAIN, ROOT, TINY_MODEL, run, write_texts
+
+
+def test_outputs_are_complete(tiny):
+    done = run("--config", tiny(eval_strategy="steps", eval_steps=2, sample_prompts=["the cat"]))
+    assert done.code == 0, done.err
+    out = Path("out")
+    assert {p.name for p in out.iterdir() if p.is_file()} == {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "run.yaml",
+        "metrics.json", "README.md", "loss.png", ".lock",
+    }  # fmt: skip
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {
+        "eval_loss",
+        "bits_per_byte",
+        "tokens_per_second",
+        "fraction_of_matmul_rate",
+        "unigram_entropy",
+    } <= metrics.keys()
+    assert metrics["steps"] == 4 and metrics["tokens"] == 4 * 4 * 32
+    record = yaml.safe_load((out / "run.yaml").read_text())
+    assert record["versions"]["torch"].startswith("2.13") and record["config"]["max_steps"] == 4
+    assert record["launch"] == {"strategy": "single process", "world_size": 1}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.num_parameters() == metrics["parameters"] and model.config.eos_token_id == tokenizer.eos_token_id
+    card = (out / "README.md").read_text()
+    assert (
+        card.startswith("---\n")
+        and "loss.png" in card
+        and "```text\nthe cat" in card
+        and "---- sample\nthe cat" in done.out
+    )
+    assert "step      4/4  loss" in done.out and "tokens/s" in done.out and "Traceback" not in done.err
+
+
+def test_eval_loss_is_that_of_the_saved_model(tiny):
+    assert run("--config", tiny(per_device_eval_batch_size=3)).code == 0
+    from llm_recipes.config import DataConfig, Source, WindowConfig
+    from llm_recipes.datasets import load_documents, make_windows
+
+    class Args:
+        seed, max_steps, world_size, per_device_eval_batch_size = 42, 4, 1, 3
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
+    documents = load_documents(DataConfig([Source("texts.jsonl")], 0.1), 42)
+    _, evaluation, _ = make_windows(documents, tokenizer, WindowConfig(32), 4, Args)
+    ids = torch.from_numpy(np.array(evaluation["input_ids"])).long()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert json.loads(Path("out/metrics.json").read_text())["eval_loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_learns(tiny):
+    """On words drawn at random, the held-out loss falls from ln(vocabulary) to near the entropy of the words."""
+    done = run("--config", tiny(max_steps=150, save_strategy="no", logging_steps=50, global_batch_size=8))
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    assert done.code == 0 and metrics["eval_loss"] < 0.8 * metrics["unigram_entropy"] < 0.8 * math.log(300)
+
+
+def test_same_run_twice_is_the_same_to_the_bit(tiny):
+    config = tiny()
+    assert run("--config", config).code == run("--config", config, "--output_dir", "again").code == 0
+    assert Path("out/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
+
+
+def test_accumulation_changes_nothing(tiny):
+    """8 x 1, 4 x 2 and 1 x 8 micro-batches: the same optimisation."""
+    config, curves = tiny(global_batch_size=8, max_steps=6), []
+    for size in (8, 4, 1):
+        done = run("--config", config, "--per_device_train_batch_size", size, "--output_dir", f"out{size}")
+        assert done.code == 0, done.err
+        history = json.loads(Path(f"out{size}/checkpoint-6/trainer_state.json").read_text())["log_history"]
+        curves.append([(row["loss"], row["grad_norm"]) for row in history if "loss" in row])
+    assert np.allclose(curves[0], curves[1], atol=1e-5) and np.allclose(curves[0], curves[2], atol=1e-5)
+
+
+def test_the_trainer_builds_no_attention_mask(monkeypatch):
+    """With a mask SDPA leaves its causal fast path."""
+    keys, seen = dict(TINY_MODEL), []
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(keys.pop("model_type"), vocab_size=50, **keys))
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, is_causal=False, **kwargs):
+        seen.append((attn_mask, is_causal))
+        return sdpa(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model(**causal_lm([{"input_ids": np.arange(16)}] * 2))
+    assert seen and all(mask is None and causal for mask, causal in seen)
+
+
+def test_causal_lm_batch():
+    batch = causal_lm(
+        [{"input_ids": np.array([1, 2, 3], dtype=np.int32)}, {"input_ids": np.array([4, 5, 6], dtype=np.int32)}]
+    )
+    assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert batch["input_ids"].dtype == torch.int64 and set(batch) == {"input_ids", "labels"}
+
+
+def test_recipe_equals_a_plain_loop(tiny):
+    """The losses are those of twenty lines of torch with the same batches, AdamW, clipping and schedule."""
+    config = tiny(max_steps=5, eval_fraction=0, lr_scheduler_type="constant", weight_decay=0.1)
+    assert run("--config", config).code == 0
+    history = json.loads(Path("out/checkpoint-4/trainer_state.json").read_text())["log_history"]
+    from llm_recipes.config import DataConfig, Source, WindowConfig
+    from llm_recipes.datasets import load_documents, make_windows
+
+    class Args:
+        seed, max_steps, world_size, per_device_eval_batch_size = 42, 5, 1, 8
+
+    tokenizer, config = AutoTokenizer.from_pretrained("out"), AutoConfig.from_pretrained("out")
+    windows, _, _ = make_windows(
+        load_documents(DataConfig([Source("texts.jsonl")], 0), 42), tokenizer, WindowConfig(32), 4, Args
+    )
+    model = from_scratch(config, 42)
+    args = TrainingArguments("unused", use_cpu=True, per_device_train_batch_size=4, report_to="none")
+    batches = iter(Trainer(model, args, causal_lm, windows).get_train_dataloader())  # only for the order of the rows
+    decay = [p for name, p in model.named_parameters() if "norm" not in name]
+    rest = [p for name, p in model.named_parameters() if "norm" in name]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1e-2
+    )
+    for row in (row for row in history if "loss" in row):
+        ids = next(batches)["input_ids"]
+        logits = model(input_ids=ids).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-5) and row["grad_norm"] == pytest.approx(
+            norm.item(), abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_fresh_weights_are_the_architectures_own(kind):
+    """Standard deviations as the library's own initialisation gives them, tied weights tied, and a loss of ln(V)."""
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=500,
+        **(
+            {"n_embd": 128, "n_layer": 2, "n_head": 2}
+            if kind == "gpt2"
+            else TINY_MODEL | {"model_type": kind, "hidden_size": 128, "tie_word_embeddings": True}
+        ),
+    )
+    ours, theirs = from_scratch(config, 0), AutoModelForCausalLM.from_config(config)
+    assert ours.lm_head.weight is ours.get_input_embeddings().weight
+    for (name, p), (_, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert p.std().item() == pytest.approx(q.std().item(), rel=0.1), name
+    again = from_scratch(config, 0).state_dict()
+    assert all(torch.equal(p, again[name]) for name, p in ours.state_dict().items())
+    assert not torch.equal(ours.lm_head.weight, from_scratch(config, 1).lm_head.weight)
+    ids = torch.randint(0, 500, (4, 32))
+    assert ours(input_ids=ids, labels=ids).loss.item() == pytest.approx(math.log(500), abs=0.2)
+
+
+def test_dry_run_writes_nothing(tiny):
+    config = tiny()
+    done = run("--config", config, "--dry_run")
+    assert done.code == 0 and not Path("out").exists()
+    for word in ("data  ", "tokenizer", "model  ", "batch", "steps", "strategy", "memory", "output", "example"):
+        assert f"\n{word}" in "\n" + done.out, word
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/pretrain").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_yaml_trains_two_steps(tiny, path):
+    """As shipped, but on little data and for two steps."""
+    write_texts(Path("texts.jsonl"), rows=2000)
+    done = run(
+        "--config", path, "--output_dir", "out", "--max_steps", 2, "--warmup_steps", 0, "--datasets", "[{path: texts.jsonl}]",
+        "--tokenizer_vocab_size", 300, "--save_steps", 2,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert json.loads(Path("out/metrics.json").read_text())["steps"] == 2
+
+
+def test_streaming_trains_and_resumes_exactly(tiny):
+    config = tiny()
+    assert run("--config", config).code == 0
+    keys = {
+        "tokenizer_vocab_size": None,
+        "tokenizer_name_or_path": "out",
+        "streaming": True,
+        "max_steps": 30,
+        "save_steps": 10,
+    }
+    config = tiny(**keys, output_dir="straight", global_batch_size=16)  # 30 x 16 windows: two passes over the data
+    straight = run("--config", config)
+    assert straight.code == 0, straight.err
+    config = tiny(**keys, output_dir="parts", global_batch_size=16)
+    assert run("--config", config, fault="send_signal:20:15").code == 75
+    assert run("--config", config).code == 0
+    assert Path("parts/model.safetensors").read_bytes() == Path("straight/model.safetensors").read_bytes()
+
+
+def test_continues_from_a_model(tiny):
+    assert run("--config", tiny()).code == 0
+    keys = {
+        "model_config": None,
+        "model_name_or_path": "out",
+        "tokenizer_vocab_size": None,
+        "tokenizer_name_or_path": "out",
+    }
+    done = run("--config", tiny(**keys, output_dir="more", learning_rate=0.0, weight_decay=0.0))
+    assert done.code == 0, done.err
+    first, second = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in ("out", "more"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_copied_recipe_runs_elsewhere(tiny, tmp_path):
+    """`cp -r recipes/pretrain anywhere`: its own config.yaml is the default there."""
+    copy = shutil.copytree(PRETRAIN.parent, tmp_path / "anywhere/my_pretrain")
+    shutil.copy(tiny(output_dir="mine"), copy / "config.yaml")
+    accelerate = Path(sys.executable).parent / "accelerate"
+    command = [accelerate, "launch", "--config_file", ROOT / "accelerate_configs/cpu.yaml", copy / "run.py"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine/metrics.json").is_file()
+
+
+BAD = {
+    "missing file": ({"datasets": [{"path": "nowhere.jsonl"}]}, "nowhere.jsonl does not exist"),
+    "empty dataset": ({"datasets": [{"path": "empty.jsonl"}]}, "empty.jsonl: no rows"),
+    "only empty rows": ({"datasets": [{"path": "blank.jsonl"}]}, "the text supports 272"),
+    "no such column": (
+        {"datasets": [{"path": "texts.jsonl", "columns": {"text": "body"}}]},
+        "has no column body; it has text",
+    ),
+    "wrong type": ({"learning_rate": True}, "learning_rate: expects a number, got true"),
+    "unknown key": ({"learnin_rate": 1}, "did you mean `learning_rate`?"),
+    "vocabulary too small": (
+        {"model_config": TINY_MODEL | {"vocab_size": 100}},
+        "the tokenizer has 300 ids, the model's vocab_size is 100",
+    ),
+    "sequence too long": (
+        {"sequence_length": 128},
+        "sequence_length 128 is longer than the model's max_position_embeddings 64",
+    ),
+    "output is a file": ({"output_dir": "texts.jsonl/out"}, "texts.jsonl is not a folder you can write to"),
+    "unknown architecture": ({"model_config": {"model_type": "lama"}}, "model_config: "),
+    "unknown architecture key": ({"model_config": TINY_MODEL | {"hiden_size": 3}}, "llama has no key `hiden_size`"),
+    "wrong architecture value": ({"model_config": TINY_MODEL | {"hidden_size": "x"}}, "expected int, got str"),
+    "heads do not divide": (
+        {"model_config": TINY_MODEL | {"num_attention_heads": 3}},
+        "not a multiple of the number of attention heads",
+    ),
+    "no model": ({"model_config": None}, "set model_config to train from scratch, or model_name_or_path"),
+    "missing model": (
+        {"model_config": None, "model_name_or_path": "outputs/nowhere"},
+        "model_name_or_path: outputs/nowhere does not exist",
+    ),
+    "warm-up too long": ({"warmup_steps": 10}, "warmup_steps 10 is not below the 4 steps"),
+    "reporter missing": ({"report_to": "wandb"}, "report_to: wandb is not installed"),
+    "batch too large": ({"global_batch_size": 5000, "per_device_train_batch_size": 8}, "fewer than one batch of 5000"),
+    "eval without data": ({"eval_strategy": "steps", "eval_fraction": 0}, "eval_strategy: steps needs data"),
+    "hub strategy": ({"hub_strategy": "checkpoint"}, "hub_strategy: checkpoint is not supported"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_writes_nothing(tiny, case):
+    keys, message = BAD[case]
+    Path("empty.jsonl").write_text("")
+    Path("blank.jsonl").write_text('{"text": ""}\n' * 50)
+    before = {p for p in Path().rglob("*") if not p.name.startswith("child")}
+    done = run("--config", tiny(**keys))
+    assert done.code == 2, done.err
+    said = [line for line in done.err.splitlines() if "WARNING" not in line]
+    assert message in done.err and len(said) <= 2 and "Traceback" not in done.err, done.err
+    assert {p for p in Path().rglob("*") if not p.name.startswith("child")} <= before | {
+        Path("tiny.yaml"),
+        Path("texts.jsonl"),
+    }
+
+
+def test_unwritable_output(tiny):
+    if os.geteuid() == 0:
+        done = run("--config", tiny(output_dir="/proc/out"))
+    else:
+        Path("closed").mkdir(mode=0o500)
+        done = run("--config", tiny(output_dir="closed/out"))
+    assert done.code == 2 and "Traceback" not in done.err, done.err
+
+
+def test_several_problems_come_together(tiny):
+    done = run("--config", tiny(sequence_length=128, warmup_steps=10, report_to="wandb"))
+    assert (
+        done.code == 2
+        and len([line for line in done.err.splitlines() if line.startswith(("sequence", "warmup", "report"))]) == 3
+    )
+
+
+def test_no_compiler_for_deepspeed(monkeypatch, tmp_path):
+    from llm_recipes.launch import check_launch
+
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (problem,) = check_launch()
+    assert (
+        "a C++ compiler (Debian: apt-get install g++) and ninja" in problem
+        and "use accelerate_configs/cpu.yaml" in problem
+    )
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    (tmp_path / "deepspeed_shm_comm/deepspeed_shm_comm.so").touch()
+    assert check_launch() == []
+
+
+def test_devices_and_processes(monkeypatch):
+    from llm_recipes import launch
+
+    monkeypatch.setattr(launch, "has_accelerator", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert launch.check_launch() == ["8 processes on this machine but 4 visible GPUs: add --num_processes 4"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "one process and 4 visible GPUs" in launch.check_launch()[0]
+
+
+def test_windows_are_memory_mapped_and_trimmed_to_batches(tiny):
+    done = run("--config", tiny(global_batch_size=6), "--dry_run")
+    trained = int(done.out.split(" windows of 32 tokens to train on")[0].split()[-1].replace(",", ""))
+    assert trained % 6 == 0 and "windows left out, so that all batches are full" in done.out
+
+
+def test_report_to_tensorboard(tiny):
+    pytest.importorskip("tensorboard")
+    assert run("--config", tiny(report_to="tensorboard")).code == 0
+    assert list(Path().rglob("events.out.tfevents*"))
+
+
+def test_dataset_from_disk_is_the_same_data(tiny):
+    rows = [json.loads(line) for line in (write_texts(Path("texts.jsonl"))).read_text().splitlines()]
+    Dataset.from_list(rows).save_to_disk("saved")
+    config = tiny()
+    assert run("--config", config).code == 0
+    assert run("--config", config, "--datasets", "[{path: saved}]", "--output_dir", "b").code == 0
+    assert Path("out/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
