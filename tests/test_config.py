@@ -133,7 +133,7 @@ def test_file_without_mapping(tmp_path, text):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(UserError, match="nowhere.yaml: cannot read this config: No such file"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot read this config: No such file"):
         parse_text(tmp_path, BASE, "--config", "nowhere.yaml")
 
 

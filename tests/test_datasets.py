@@ -166,7 +166,7 @@ def test_bad_source(tmp_path, monkeypatch, make, source, message):
 
 def test_text_that_is_not_utf8(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(UserError, match="a.jsonl: the text after row -1 is not UTF-8"):
+    with pytest.raises(UserError, match=r"a\.jsonl: the text after row -1 is not UTF-8"):
         list(token_stream(load_source(Source(str(tmp_path / "a.jsonl"))), tokenizer, "a.jsonl"))
 
 
@@ -184,7 +184,7 @@ def test_row_without_text_is_named(tokenizer):
 def test_unreachable_hub_is_one_sentence(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="^datasets: someone/something: ") as error:
+    with pytest.raises(UserError, match=r"^datasets: someone/something: ") as error:
         load_source(Source("someone/something"))
     assert "\n" not in str(error.value)
 

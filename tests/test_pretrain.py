@@ -154,15 +154,10 @@ def test_recipe_equals_a_plain_loop(tiny):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_fresh_weights_are_the_architectures_own(kind):
     """Standard deviations as the library's own initialisation gives them, tied weights tied, and a loss of ln(V)."""
-    config = AutoConfig.for_model(
-        kind,
-        vocab_size=500,
-        **(
-            {"n_embd": 128, "n_layer": 2, "n_head": 2}
-            if kind == "gpt2"
-            else TINY_MODEL | {"model_type": kind, "hidden_size": 128, "tie_word_embeddings": True}
-        ),
+    sizes = (
+        {"n_embd": 128, "n_layer": 2, "n_head": 2} if kind == "gpt2" else {"hidden_size": 128, "num_hidden_layers": 2}
     )
+    config = AutoConfig.for_model(kind, vocab_size=500, tie_word_embeddings=True, **sizes)
     ours, theirs = from_scratch(config, 0), AutoModelForCausalLM.from_config(config)
     assert ours.lm_head.weight is ours.get_input_embeddings().weight
     for (name, p), (_, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
@@ -340,9 +335,9 @@ def test_devices_and_processes(monkeypatch):
 
 
 def test_windows_are_memory_mapped_and_trimmed_to_batches(tiny):
-    done = run("--config", tiny(global_batch_size=6), "--dry_run")
+    done = run("--config", tiny(global_batch_size=7, per_device_train_batch_size=7), "--dry_run")
     trained = int(done.out.split(" windows of 32 tokens to train on")[0].split()[-1].replace(",", ""))
-    assert trained % 6 == 0 and "windows left out, so that all batches are full" in done.out
+    assert trained % 7 == 0 and "windows to train on left out, so that all batches are full" in done.out
 
 
 def test_report_to_tensorboard(tiny):
