@@ -159,7 +159,7 @@ class Documents(NamedTuple):
 def load_documents(data: DataConfig, seed: int, streaming: bool = False) -> list[Documents]:
     """Every source of `data`, with `eval_fraction` of its documents held out and the rest shuffled.
 
-    The split depends on `seed` alone, so it is the same on every rank. Streams cannot be counted or
+    Of a source with a single document the end is held out. The split depends on `seed` alone, so it is the same on every rank. Streams cannot be counted or
     shuffled: there every k-th document is held out, k = 1 / eval_fraction, and the order stays.
     """
     if not data.datasets:
@@ -178,10 +178,10 @@ def _hold_out(documents, fraction: float, seed: int):
         return train, documents.filter(lambda _, i: i % every == 0, with_indices=True)
     if not fraction:
         return documents.shuffle(seed=seed), None
-    if len(documents) < 2:
-        raise UserError(
-            f"datasets: {len(documents)} document(s) cannot be split: set eval_fraction: 0 or give more documents"
-        )
+    if len(documents) == 1:  # one long text: its end is held out, from the nearest line on
+        text = documents[0]["text"] or ""
+        cut = text.rfind("\n", 0, round(len(text) * (1 - fraction))) + 1 or round(len(text) * (1 - fraction))
+        return Dataset.from_dict({"text": [text[:cut]]}), Dataset.from_dict({"text": [text[cut:]]})
     parts = documents.train_test_split(test_size=max(1, round(fraction * len(documents))), seed=seed)
     return parts["train"], parts["test"]
 

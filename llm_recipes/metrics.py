@@ -105,7 +105,8 @@ def measure(trainer, eval_windows, tokenizer, throughput, started: float) -> dic
         "tokens": steps * throughput.tokens_per_step,
     }
     if eval_windows is not None:
-        loss = trainer.evaluate()["eval_loss"]
+        logged = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row and row["step"] == steps]
+        loss = logged[-1] if logged else trainer.evaluate()["eval_loss"]
         results |= {
             "eval_loss": loss,
             "perplexity": math.exp(loss),

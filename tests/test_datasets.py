@@ -265,5 +265,11 @@ def test_too_little_data_is_said(tmp_path, tokenizer):
                 batch,
                 Args,
             )
-    with pytest.raises(UserError, match="1 document\\(s\\) cannot be split"):
-        load_documents(DataConfig([Source(str(write_texts(tmp_path / "one.jsonl", rows=1)))], 0.5), 0)
+
+
+def test_the_end_of_a_single_document_is_held_out(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(100))
+    (tmp_path / "one.txt").write_text(text)
+    (part,) = load_documents(DataConfig([Source(str(tmp_path / "one.txt"))], 0.2), 0)
+    assert part.train[0]["text"] + part.eval[0]["text"] == text
+    assert part.eval[0]["text"].startswith("line ") and 0.19 < len(part.eval[0]["text"]) / len(text) < 0.22

@@ -1,0 +1,57 @@
+"""The private names that llm_recipes/_compat.py leans on are still there and still mean what it takes them for."""
+
+import ast
+import inspect
+import re
+
+from datasets import Dataset
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from transformers import Trainer
+
+from llm_recipes import _compat
+from tests.running import ROOT
+
+
+def test_trainer_methods():
+    assert list(inspect.signature(Trainer._save_checkpoint).parameters) == ["self", "model", "trial"]
+    assert list(inspect.signature(Trainer._get_grad_norm).parameters) == ["self", "model", "grad_norm"]
+    source = inspect.getsource(Trainer._run_epoch)
+    assert source.index("self._get_grad_norm(") < source.index("self.optimizer.step()")
+    save = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    assert "self._save_checkpoint(model, trial)" in save
+
+
+def test_deepspeed_computes_the_norm_before_the_update():
+    for optimizer, norm, update in (
+        (DeepSpeedZeroOptimizer_Stage3, "self._get_norm_groups()", "self._optimizer_step("),
+        (DeepSpeedZeroOptimizer, "self.scaled_global_norm()", "self._optimizer_step("),
+    ):
+        source = inspect.getsource(optimizer).partition("    def step(self, closure=None):")[
+            2
+        ]  # the method is decorated
+        assert source.index(norm) < source.index(update)
+    assert not hasattr(DeepSpeedZeroOptimizer, "_get_norm_groups")
+
+
+def test_fingerprint_follows_the_content():
+    first, same, other = (Dataset.from_dict({"text": [t]}) for t in ("a", "a", "b"))
+    assert _compat.fingerprint(first) == _compat.fingerprint(same) != _compat.fingerprint(other)
+    assert _compat.fingerprint(first.shuffle(seed=1)) != _compat.fingerprint(first)
+
+
+def test_hasher_separates_its_parts():
+    assert _compat.hasher("ab", "c") != _compat.hasher("a", "bc") and _compat.hasher(1) == _compat.hasher("1")
+
+
+def test_private_names_are_nowhere_else():
+    """`x._name` on anything but self, cls or our own modules belongs in _compat."""
+    found = []
+    for path in [*ROOT.glob("llm_recipes/*.py"), *ROOT.glob("recipes/**/*.py")]:
+        if path.name == "_compat.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            private = isinstance(node, ast.Attribute) and re.fullmatch(r"_[a-z]\w*", node.attr)
+            if private and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "_compat")):
+                found.append(f"{path.name}:{node.lineno} {ast.unparse(node)}")
+    assert found == []
