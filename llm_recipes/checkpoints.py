@@ -24,8 +24,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from llm_recipes import _compat
 from llm_recipes.errors import Diverged, Interrupted, UserError
 from llm_recipes.launch import asked_strategy
+from llm_recipes.metrics import meta_model
 
 MANIFEST = "complete.json"
+CHECKPOINT_BYTES = (
+    16  # a parameter: fp32 weights and AdamW's two moments, and the weights again where ZeRO writes them twice
+)
 
 
 def _digest(path: Path) -> str:
@@ -154,10 +158,12 @@ class _Guard(TrainerCallback):
         self.batches.clear()
 
     def on_step_end(self, args, state, control, **kwargs):
-        asked = torch.tensor([int(self.signal is not None)], device=args.device)
+        asked = self.signal is not None
         if args.world_size > 1:  # one rank may have the signal alone; they must leave at the same step
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        if asked.item():
+            flag = torch.tensor([asked], dtype=torch.int32, device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            asked = bool(flag.item())
+        if asked:
             self.stopping = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -225,11 +231,10 @@ def protect(trainer: Trainer, after_save=None) -> None:
         args, step = trainer.args, trainer.state.global_step
         folder = Path(args.output_dir) / f"checkpoint-{step}"
         previous = next(iter(checkpoints(args.output_dir)), None)
-        size = (
-            sum(f.stat().st_size for f in previous.rglob("*") if f.is_file())
-            if previous
-            else checkpoint_bytes(trainer.model)
-        )
+        if previous:
+            size = sum(f.stat().st_size for f in previous.rglob("*") if f.is_file())
+        else:
+            size = CHECKPOINT_BYTES * sum(p.numel() for p in meta_model(trainer.model.config).parameters())
         if (free := shutil.disk_usage(args.output_dir).free) < size:
             raise UserError(f"{folder}: needs {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; {_kept(previous)}")
         try:
@@ -264,8 +269,3 @@ def _kept(previous: Path | None) -> str:
         if previous
         else "there was no checkpoint yet"
     )
-
-
-def checkpoint_bytes(model) -> int:
-    """Estimate for a checkpoint: fp32 weights, AdamW's two moments, and the same again for files that ZeRO doubles."""
-    return 16 * sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

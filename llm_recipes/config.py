@@ -350,15 +350,16 @@ def _plain(value):
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def _from_text(text, hint, choices):
-    """Command-line text as YAML where that fits `hint`, else as it stands."""
+def _from_text(text: str, hint, choices):
+    """A command-line value as YAML reads it, or as it stands where only text fits."""
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
         cast(value, hint, choices)
-        return value
-    except (ValueError, yaml.YAMLError):
-        fits_text = str in (typing.get_args(hint) or (hint,))
-        return text if fits_text or "value" not in locals() else value
+    except yaml.YAMLError:
+        return text
+    except ValueError:
+        return text if str in (typing.get_args(hint) or (hint,)) else value
+    return value
 
 
 def _relative(path: Path) -> str:

@@ -83,11 +83,25 @@ def _local_files(source: Source, path: Path) -> tuple[str, list[str]]:
 def load_source(source: Source, streaming: bool = False) -> Dataset | IterableDataset:
     """One source as a dataset with the column `text`. Raises UserError that names what is missing."""
     path = Path(source.path).expanduser()
+    builtin, saved = (
+        source.path.startswith("builtin:"),
+        (path / "state.json").is_file() or (path / "dataset_dict.json").is_file(),
+    )
+    if builtin or path.exists():  # what only the Hub understands
+        defaults, meant = (
+            Source(source.path),
+            {"name", "split", "revision", "data_files"} - ({"split"} if saved else set()),
+        )
+        for key in sorted(meant - ({"name"} if builtin else set())):
+            if getattr(source, key) != getattr(defaults, key):
+                raise UserError(
+                    f"datasets: {source.path}: `{key}` means nothing for a {'built-in' if builtin else 'local'} source"
+                )
     try:
-        if source.path.startswith("builtin:"):
+        if builtin:
             data = _builtin(source)
             data = data.to_iterable_dataset() if streaming else data
-        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        elif saved:
             data = datasets.load_from_disk(str(path))
             if isinstance(data, datasets.DatasetDict):
                 if source.split not in data:

@@ -29,6 +29,16 @@ def asked_strategy() -> str:
     return "DDP" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "single process"
 
 
+def state_bytes(strategy: str, world_size: int) -> float:
+    """Bytes a parameter a device in fp32 with AdamW: 4 weight, 4 gradient, 8 moments, less what is sharded (Rajbhandari
+    et al. 2020, ZeRO, figure 1)."""
+    if strategy.endswith("ZeRO-1"):
+        return 8 + 8 / world_size
+    if strategy.endswith("ZeRO-2"):
+        return 4 + 12 / world_size
+    return 16 / world_size if strategy.endswith("ZeRO-3") or strategy.startswith("FSDP") else 16
+
+
 def check_launch() -> list[str]:
     """Problems of the launch itself, found before any process group exists."""
     problems = []
@@ -49,6 +59,17 @@ def check_launch() -> list[str]:
     if _flag("ACCELERATE_USE_DEEPSPEED") and not devices:
         problems += _compiler_problems()
     return problems
+
+
+def idle_devices() -> str | None:
+    """A sentence when this machine has more GPUs than processes."""
+    local, devices = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        torch.accelerator.device_count() if has_accelerator() else 0,
+    )
+    return (
+        f"{devices} GPUs are visible, {local} are used: --num_processes {devices} uses all" if devices > local else None
+    )
 
 
 def _compiler_problems() -> list[str]:

@@ -35,14 +35,13 @@ LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenize
 
 def describe(config: dict, identity: dict) -> dict:
     """Content of run.yaml: the resolved `config`, data and tokenizer, launch, commit, versions."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(sys.argv[0]).resolve().parent, capture_output=True, text=True
-    )
+    here = Path(sys.argv[0]).resolve().parent
+    git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     return {
         "config": config,
         "identity": identity,
         "launch": {"strategy": asked_strategy(), "world_size": int(os.environ.get("WORLD_SIZE", 1))},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": (git and git.stdout.strip()) or None,
         "versions": {
             "python": sys.version.split()[0],
             **{name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -82,6 +81,10 @@ def output_problems(output_dir: str, record: dict, needed: int = 0) -> list[str]
         return [f"output_dir: {nearest} is not a folder you can write to"]
     if needed > (free := shutil.disk_usage(nearest).free):
         return [f"output_dir: this run needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free in {nearest}"]
+    if not (folder / "run.yaml").is_file() and (any(folder.glob("checkpoint-*")) or (folder / "config.json").is_file()):
+        return [
+            f"output_dir: {output_dir} holds a model that no recipe wrote. Choose another --output_dir, or move it away"
+        ]
     if changes := changed_keys(output_dir, record):
         return [
             f"output_dir: {output_dir} holds another run ({'; '.join(changes[:4])}). Choose another --output_dir, or move it away"
@@ -137,16 +140,18 @@ def save_model(trainer: Trainer) -> None:
             raise RecipeExit(f"{folder}: the saved weights are not whole: {', '.join(sorted(wrong)[:5])}")
 
 
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """Ids of a prompt as the beginning of a document: an EOS ended the one before it."""
+    return [tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+
+
 def sample(trainer: Trainer, tokenizer, prompts: list[str], new_tokens: int = 80) -> list[str]:
     """Prompt and continuation for each prompt, drawn at temperature 0.7 from the top 40; every rank takes part."""
     texts = []
     trainer.model.eval()
     torch.manual_seed(trainer.args.seed)
     for prompt in prompts:
-        ids = [
-            tokenizer.eos_token_id,
-            *tokenizer(prompt, add_special_tokens=False)["input_ids"],
-        ]  # EOS opens a document
+        ids = prompt_ids(tokenizer, prompt)
         inputs = torch.tensor([ids], device=trainer.args.device)
         room = getattr(trainer.model.config, "max_position_embeddings", len(ids) + new_tokens) - len(ids)
         out = trainer.model.generate(
@@ -179,7 +184,8 @@ def write_results(
     ]
     body += ["## Samples", *(f"```text\n{text}\n```" for text in samples)] if samples else []
     (folder / "README.md").write_text("\n\n".join([f"---\n{front.to_yaml()}\n---", *body]) + "\n")
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (folder / "metrics.json.partial").write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(folder / "metrics.json.partial", folder / "metrics.json")
     for text in samples:
         print(f"---- sample\n{text}")
     print("---- results")

@@ -74,6 +74,9 @@ class Throughput(ProgressCallback):
             left = (state.max_steps - state.global_step) * self.tokens_per_step / rate
             line += f"  {rate:,.0f} tokens/s  ETA {int(left // 60)}:{int(left % 60):02d}"
         self.training_bar.write(line)
+        self.training_bar.set_postfix(
+            {key: f"{logs[key]:,.4g}" for key in ("loss", "tokens_per_second") if key in logs}
+        )
 
 
 def show_progress(trainer: Trainer, throughput: Throughput) -> None:

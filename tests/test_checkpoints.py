@@ -48,12 +48,14 @@ def straight(tmp_path_factory):
         path = write_config(folder, **KEYS)
         done = run("--config", path)
     assert done.code == 0, done.err
+    assert json.loads((folder / "out/checkpoint-40/trainer_state.json").read_text())["epoch"] > 1
     return folder / "out"
 
 
 KEYS = {
     "model_config": DROPOUT, "max_steps": 40, "save_steps": 10, "save_total_limit": 2, "per_device_train_batch_size": 2,
     "global_batch_size": 4, "lr_scheduler_type": "cosine", "warmup_steps": 5, "eval_strategy": "steps", "eval_steps": 7,
+    "eval_fraction": 0.4,
 }  # fmt: skip
 
 

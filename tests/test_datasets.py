@@ -149,6 +149,12 @@ def test_builtin_python_is_source_and_documentation():
         (("a.jsonl", '{"id": 1, "content": "x"}\n'), {"path": "a.jsonl"}, "has no column text; it has id, content"),
         (("a.jsonl", '{"text": 5}\n'), {"path": "a.jsonl"}, "column text holds Value('int64'), not text"),
         (("a.jsonl", '{"text": "x"}\n'), {"path": "a.jsonl", "columns": {"prompt": "text"}}, "columns maps `prompt`"),
+        (
+            ("a.jsonl", '{"text": "x"}\n'),
+            {"path": "a.jsonl", "split": "test"},
+            "`split` means nothing for a local source",
+        ),
+        (None, {"path": "builtin:python", "revision": "main"}, "`revision` means nothing for a built-in source"),
         (("d/a.xyz", "x"), {"path": "d"}, "d holds .xyz; use one kind of"),
         (("d/.keep", "x"), {"path": "d"}, "d holds no files"),
     ],

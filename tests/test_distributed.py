@@ -11,6 +11,7 @@ from llm_recipes.checkpoints import checkpoints, damage
 from tests.running import TINY_MODEL, launch, run
 
 KEYS = {
+    "eval_fraction": 0.7,  # so little to train on that the second epoch begins within the run
     "global_batch_size": 8, "max_steps": 8, "save_steps": 4, "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine",
     "model_config": TINY_MODEL | {"tie_word_embeddings": True},
 }  # fmt: skip

@@ -268,6 +268,7 @@ BAD = {
     "reporter missing": ({"report_to": "wandb"}, "report_to: wandb is not installed"),
     "batch too large": ({"global_batch_size": 5000, "per_device_train_batch_size": 8}, "fewer than one batch of 5000"),
     "eval without data": ({"eval_strategy": "steps", "eval_fraction": 0}, "eval_strategy: steps needs data"),
+    "prompt too long": ({"sample_prompts": ["the cat " * 50]}, "tokens, the model's context is 64"),
     "hub strategy": ({"hub_strategy": "checkpoint"}, "hub_strategy: checkpoint is not supported"),
 }
 
@@ -295,6 +296,12 @@ def test_unwritable_output(tiny):
         Path("closed").mkdir(mode=0o500)
         done = run("--config", tiny(output_dir="closed/out"))
     assert done.code == 2 and "Traceback" not in done.err, done.err
+
+
+def test_a_model_that_no_recipe_wrote_is_left_alone(tiny):
+    Path("out/checkpoint-5").mkdir(parents=True)
+    done = run("--config", tiny())
+    assert done.code == 2 and "holds a model that no recipe wrote" in done.err and Path("out/checkpoint-5").is_dir()
 
 
 def test_several_problems_come_together(tiny):
@@ -332,6 +339,10 @@ def test_devices_and_processes(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "one process and 4 visible GPUs" in launch.check_launch()[0]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert launch.idle_devices() == "4 GPUs are visible, 2 are used: --num_processes 4 uses all"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert launch.idle_devices() is None
 
 
 def test_windows_are_memory_mapped_and_trimmed_to_batches(tiny):
