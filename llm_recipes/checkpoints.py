@@ -112,6 +112,10 @@ def _choose(output_dir: Path, resume: str) -> Path | None:
         return None
     if resume != "auto":
         chosen = Path(resume)
+        if chosen.absolute().parent != output_dir.absolute():
+            raise UserError(
+                f"resume: {resume} is not in output_dir {output_dir}; to start from its weights use model_name_or_path"
+            )
         if reason := damage(chosen):
             raise UserError(f"resume: {resume}: {reason}" if chosen.is_dir() else f"resume: {resume} does not exist")
         for path in checkpoints(chosen.parent):
@@ -181,8 +185,8 @@ class _Guard(TrainerCallback):
         what = "the loss" if losses else "the gradient norm"
         raise Diverged(
             f"step {self.trainer.state.global_step + 1}: {what} is not finite; stopped before the update. "
-            f"Training windows: {', '.join(map(str, where))}. Lower learning_rate or look at the data; "
-            "the same command continues from the last checkpoint"
+            f"Training windows: {', '.join(map(str, where))}. Look at them, or train in another output_dir with a lower "
+            "learning_rate; model_name_or_path: <the last checkpoint> keeps what is learnt"
         )
 
 

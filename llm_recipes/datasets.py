@@ -346,20 +346,21 @@ def make_windows(
     if evals:
         args.per_device_eval_batch_size = micro_batch(batch_size // args.world_size, args.per_device_eval_batch_size)
         whole = concatenate_datasets([part for part in evals if len(part)] or evals)
-        evaluation = _whole_batches(whole, batch_size, "held out (raise eval_fraction)", report).with_format("numpy")
+        evaluation = _whole_batches(whole, batch_size, "held-out", report).with_format("numpy")
     if windows.streaming:
         return StreamedWindows(documents, tokenizer, length), evaluation, report
     train, taken = mix(trains, [part.source.weight for part in documents], args.seed)
     for part, cut, used in zip(documents, trains, taken, strict=True):
         if used < len(cut):
             report.append(f"{part.source.path}: {used:,} of {len(cut):,} windows used, to keep the weights")
-    return _whole_batches(train, batch_size, "to train on", report), evaluation, report
+    return _whole_batches(train, batch_size, "training", report), evaluation, report
 
 
 def _whole_batches(cut: Dataset, batch_size: int, what: str, report: list[str]) -> Dataset:
     rest = len(cut) % batch_size
     if rest == len(cut):
-        raise UserError(f"datasets: {len(cut)} windows {what}, fewer than one batch of {batch_size}")
+        more = ": raise eval_fraction" if what == "held-out" else ""
+        raise UserError(f"datasets: {len(cut)} {what} windows, fewer than one batch of {batch_size}{more}")
     if rest:
-        report.append(f"{rest} of {len(cut):,} windows {what.split(' (')[0]} left out, so that all batches are full")
+        report.append(f"{rest} of {len(cut):,} {what} windows left out, so that all batches are full")
     return cut.select(range(len(cut) - rest))

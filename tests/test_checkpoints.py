@@ -149,7 +149,10 @@ def test_resume_from_a_path_leaves_the_newer_timeline_behind(tiny, straight):
     assert {"abandoned-checkpoint-20", "abandoned-checkpoint-25"} <= {p.name for p in Path("out").iterdir()}
     assert state(Path("out/checkpoint-40")) == state(straight / "checkpoint-40")
     shutil.rmtree("out")
-    for resume, message in (("out/checkpoint-10", "does not exist"), ("texts.jsonl", "does not exist")):
+    for resume, message in (
+        ("out/checkpoint-10", "resume: out/checkpoint-10 does not exist"),
+        ("elsewhere/checkpoint-10", "is not in output_dir"),
+    ):
         done = run("--config", config, "--resume", resume)
         assert done.code == 2 and message in done.err
 

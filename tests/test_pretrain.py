@@ -348,7 +348,7 @@ def test_devices_and_processes(monkeypatch):
 def test_windows_are_memory_mapped_and_trimmed_to_batches(tiny):
     done = run("--config", tiny(global_batch_size=7, per_device_train_batch_size=7), "--dry_run")
     trained = int(done.out.split(" windows of 32 tokens to train on")[0].split()[-1].replace(",", ""))
-    assert trained % 7 == 0 and "windows to train on left out, so that all batches are full" in done.out
+    assert trained % 7 == 0 and "training windows left out, so that all batches are full" in done.out
 
 
 def test_report_to_tensorboard(tiny):
