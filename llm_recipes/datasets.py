@@ -60,14 +60,22 @@ def _builtin(source: Source) -> Dataset:
         raise UserError(
             f"datasets: {source.path} (name: {source.name}) is not built in; there is builtin:python, name: packages"
         )
-    rows = {"text": [], "path": []}
+    rows, other = {"text": [], "path": []}, []
     for path in python_files(source.name == "packages"):
         try:
             rows["text"].append(path.read_text(encoding="utf-8"))
             rows["path"].append(str(path))
-        except UnicodeDecodeError:  # a handful of files in older encodings
-            continue
+        except UnicodeDecodeError:
+            other.append(path.name)
+    _left_out(source, other, "are not UTF-8")
     return Dataset.from_dict(rows)
+
+
+def _left_out(source: Source, names: list[str], why: str) -> None:
+    if names and int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"datasets: {source.path}: {len(names)} files left out, they {why}: {', '.join(names[:3])} ...", flush=True
+        )
 
 
 def _local_files(source: Source, path: Path) -> tuple[str, list[str]]:
@@ -77,26 +85,21 @@ def _local_files(source: Source, path: Path) -> tuple[str, list[str]]:
     if len({BUILDERS[f.suffix] for f in files}) != 1:
         what = ", ".join(sorted({f.suffix or "no suffix" for f in files or found})) or "no files"
         raise UserError(f"datasets: {source.path} holds {what}; use one kind of {', '.join(BUILDERS)}")
+    _left_out(source, [f.name for f in found if f not in files], f"are none of {', '.join(BUILDERS)}")
     return BUILDERS[files[0].suffix], [str(f) for f in files]
 
 
 def load_source(source: Source, streaming: bool = False) -> Dataset | IterableDataset:
     """One source as a dataset with the column `text`. Raises UserError that names what is missing."""
     path = Path(source.path).expanduser()
-    builtin, saved = (
-        source.path.startswith("builtin:"),
-        (path / "state.json").is_file() or (path / "dataset_dict.json").is_file(),
-    )
-    if builtin or path.exists():  # what only the Hub understands
-        defaults, meant = (
-            Source(source.path),
-            {"name", "split", "revision", "data_files"} - ({"split"} if saved else set()),
-        )
-        for key in sorted(meant - ({"name"} if builtin else set())):
-            if getattr(source, key) != getattr(defaults, key):
-                raise UserError(
-                    f"datasets: {source.path}: `{key}` means nothing for a {'built-in' if builtin else 'local'} source"
-                )
+    builtin = source.path.startswith("builtin:")
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    if builtin or path.exists():
+        taken = {"name"} if builtin else {"split"} if saved else set()
+        for key in sorted({"name", "split", "revision", "data_files"} - taken):  # what only the Hub understands
+            if getattr(source, key) != getattr(Source(source.path), key):
+                kind = "built-in" if builtin else "local"
+                raise UserError(f"datasets: {source.path}: `{key}` means nothing for a {kind} source")
     try:
         if builtin:
             data = _builtin(source)
@@ -122,12 +125,14 @@ def load_source(source: Source, streaming: bool = False) -> Dataset | IterableDa
     theirs = source.columns.get("text", "text")
     for ours in set(source.columns) - {"text"}:
         raise UserError(f"datasets: {source.path}: columns maps `{ours}`, but only `text` is read here")
-    features = data.features or {}
+    features = data.features or dict.fromkeys(
+        next(iter(data), {})
+    )  # some streams do not know them before the first row
     if theirs not in features:
         raise UserError(
             f"datasets: {source.path} has no column {theirs}; it has {', '.join(features)}. Set columns: {{text: ...}}"
         )
-    if getattr(features[theirs], "dtype", None) not in ("string", "large_string"):
+    if data.features and getattr(features[theirs], "dtype", None) not in ("string", "large_string"):
         raise UserError(f"datasets: {source.path}: column {theirs} holds {features[theirs]}, not text")
     data = data.select_columns([theirs])
     return data if theirs == "text" else data.rename_column(theirs, "text")

@@ -176,6 +176,13 @@ def test_text_that_is_not_utf8(tmp_path, tokenizer):
         list(token_stream(load_source(Source(str(tmp_path / "a.jsonl"))), tokenizer, "a.jsonl"))
 
 
+def test_files_left_out_of_a_folder_are_said(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.png").write_bytes(b"x")
+    assert load_source(Source(str(tmp_path)))["text"] == ["x"]
+    assert "1 files left out, they are none of .txt" in capsys.readouterr().out
+
+
 def test_split_that_is_not_there(tmp_path):
     DatasetDict(train=Dataset.from_dict({"text": ["x"]})).save_to_disk(tmp_path / "d")
     with pytest.raises(UserError, match="has no split validation; it has train"):
