@@ -6,6 +6,7 @@ every file. Resume takes the newest checkpoint that still matches and sets the o
 before the update when the gradient is not finite. Why, with measurements: docs/checkpoints.md.
 """
 
+import functools
 import json
 import math
 import os
@@ -116,6 +117,8 @@ def _choose(output_dir: Path, resume: str) -> Path | None:
             raise UserError(
                 f"resume: {resume} is not in output_dir {output_dir}; to start from its weights use model_name_or_path"
             )
+        if not (chosen.name.startswith("checkpoint-") and chosen.name[11:].isdigit()):
+            raise UserError(f"resume: {resume} is not a checkpoint-N folder: rename it if you mean to continue from it")
         if reason := damage(chosen):
             raise UserError(f"resume: {resume}: {reason}" if chosen.is_dir() else f"resume: {resume} does not exist")
         for path in checkpoints(chosen.parent):
@@ -148,6 +151,7 @@ class _Guard(TrainerCallback):
         self.keep, trainer.args.save_total_limit = trainer.args.save_total_limit, None  # the library rotates too early
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # a resume brings back the old logging, saving and evaluation steps
         if state.global_step >= state.max_steps:
             raise _AlreadyTrained
         _compat.hook_deepspeed_norm(self.trainer, self.check_norm)
@@ -213,9 +217,15 @@ def protect(trainer: Trainer, after_save=None) -> None:
 
     def guarded_train(*args, **kwargs):
         try:
-            return train(*args, **kwargs)
+            result = train(*args, **kwargs)
         except _AlreadyTrained:
             trainer.is_in_train = False
+            if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+                _compat.load_best_model(trainer)
+            return None
+        if guard.stopping:  # save_strategy: best took the request to save back
+            committed_save(trainer.model, None)
+        return result
 
     def recorded_loss(model, inputs, *args, **kwargs):
         result = compute_loss(model, inputs, *args, **kwargs)
@@ -241,11 +251,15 @@ def protect(trainer: Trainer, after_save=None) -> None:
             size = CHECKPOINT_BYTES * sum(p.numel() for p in meta_model(trainer.model.config).parameters())
         if (free := shutil.disk_usage(args.output_dir).free) < size:
             raise UserError(f"{folder}: needs {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; {_kept(previous)}")
+        # Under the names it trains with: the resume loads by name and would leave renamed weights as they are.
+        trainer.model.save_pretrained = functools.partial(trainer.model.save_pretrained, save_original_format=False)
         try:
             save(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise UserError(f"{folder} could not be written: {error}; {_kept(previous)}") from error
+        finally:
+            del trainer.model.save_pretrained
         args.distributed_state.wait_for_everyone()
         if args.process_index == 0:
             commit(folder, step=step, strategy=asked_strategy(), world_size=args.world_size)

@@ -80,7 +80,11 @@ class TokenizerTrainingConfig:
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
     hub_revision: str | None = None
+    dry_run: bool = False
     resolved: dict = field(init=False, default_factory=dict)  # as in RunConfig
+
+    def __post_init__(self):
+        self.output_dir = os.path.expanduser(self.output_dir)  # as TrainingArguments do
 
 
 @dataclass
@@ -130,11 +134,13 @@ REFUSED = {
     "fsdp_config": "the strategy comes from accelerate_configs/",
     "deepspeed": "the strategy comes from accelerate_configs/",
     "parallelism_config": "the strategy comes from accelerate_configs/",
+    "accelerator_config": "it can change the batch behind global_batch_size's back",
 }
 
 MINIMUM = {
     "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "eval_fraction": 0,
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0, "max_steps": -1, "seed": 0, "warmup_steps": 0, "dataloader_num_workers": 0,
     "global_batch_size": 1, "sequence_length": 2, "save_total_limit": 1, "tokenizer_vocab_size": 1, "vocab_size": 1,
 }  # fmt: skip
 
@@ -150,7 +156,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         lines = {}
         for key_node, _ in node.value:
-            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key_node.start_mark)
             if key in lines:
                 raise yaml.MarkedYAMLError(problem=f"{key} is set twice (lines {lines[key]} and {line})")
             lines[key] = line
@@ -176,11 +184,14 @@ def load_yaml(path: str | Path) -> tuple[dict, dict[str, int]]:
     try:
         node = yaml.compose(text, Loader=_Loader)
         values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else path
-        raise UserError(f"{where}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise UserError(f"{where}: {getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: a config is a list of `key: value` lines; this file has none")
+    if odd := [key for key in values if not isinstance(key, str)]:
+        raise UserError(f"{path}: {_say(odd[0])} is not a key")
     return values, {key.value: key.start_mark.line + 1 for key, _ in node.value}
 
 
@@ -242,7 +253,8 @@ def cast(value, hint, choices=None):
     raise ValueError(f"expects {expected}, got {_say(value)}")
 
 
-def _unknown(key, known) -> str:
+def unknown_key(key, known) -> str:
+    """Says that `key` is none of `known`, and which of them is nearest."""
     near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
     return f"unknown key `{key}`" + (f", did you mean `{near[0]}`?" if near else "")
 
@@ -253,7 +265,7 @@ def _fill(cls, values: dict):
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in values:
         if key not in names:
-            raise ValueError(_unknown(key, names))
+            raise ValueError(unknown_key(key, names))
     checked = {}
     for key, value in values.items():
         try:
@@ -277,6 +289,8 @@ def _arguments(argv: list[str]) -> tuple[str | None, list[tuple[str, typing.Any]
         if not has_value:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         if key == "config":
+            if config is not None or value == "true":
+                raise UserError("command line: --config takes one file")
             config = value
         else:
             pairs.append((key.replace("-", "_"), value))
@@ -316,7 +330,7 @@ def parse(*dataclass_types, script: str, argv: list[str] | None = None) -> tuple
         if key in REFUSED:
             problems.append(f"{where}: `{key}` is not taken: {REFUSED[key]}")
         elif key not in hints:
-            problems.append(f"{where}: {_unknown(key, hints)}")
+            problems.append(f"{where}: {unknown_key(key, hints)}")
         else:
             try:
                 if where == "command line":
@@ -371,6 +385,10 @@ def _derive(values: dict) -> list[str]:
     for key, value in HOUSE_DEFAULTS.items():
         values.setdefault(key, value)
     values.setdefault("use_cpu", not has_accelerator())
+    if values.get("max_steps") == 0:
+        return ["max_steps: 0 trains nothing: give a number of steps, or -1 for num_train_epochs"]
+    if values.get("max_steps", -1) > 0 and "num_train_epochs" in values:
+        return ["max_steps and num_train_epochs are both set, and only max_steps would count: remove one"]
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision in ("bf16", "fp16"):
         if values.get(precision) is False:
@@ -402,10 +420,12 @@ def micro_batch(per_rank: int, limit: int) -> int:
     return max(size for size in range(1, min(limit, per_rank) + 1) if per_rank % size == 0)
 
 
-def check_local(key: str, name: str) -> None:
-    """Raises UserError when `name` can only be a local folder and is not there, with the command that makes it."""
-    if name.startswith((".", "/", "~", "outputs/")) and not Path(name).expanduser().is_dir():
-        stage = Path(name).name if name.startswith("outputs/") else None
+def check_local(key: str, name: str) -> str:
+    """`name` with `~` expanded. Raises UserError, with the command that makes it, for a local folder that is not there."""
+    path = os.path.expanduser(name)
+    if path.startswith((".", "/", "outputs/")) and not Path(path).is_dir():
+        stage = Path(path).name if path.startswith("outputs/") else None
         script = Path("recipes") / (stage or "") / "run.py"
         made = f": run {script} first" if stage and script.is_file() else f" (working directory: {Path.cwd()})"
         raise UserError(f"{key}: {name} does not exist{made}")
+    return path

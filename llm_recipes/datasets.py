@@ -20,17 +20,26 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+import xxhash
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from filelock import FileLock
 from transformers import TrainingArguments
 
-from llm_recipes._compat import fingerprint, hasher
+from llm_recipes._compat import fingerprint
 from llm_recipes.config import DataConfig, Source, WindowConfig, micro_batch
 from llm_recipes.errors import UserError
 
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-BATCH = 1000  # documents tokenized at a time
+BATCH = 8_000_000  # characters tokenized at a time
 STREAMED_EVAL = 512  # windows held out of each stream, which has no size to take a share of
+
+
+def hasher(*parts) -> str:
+    """128-bit hex digest of the parts' text."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(f"{part}\x00".encode())
+    return digest.hexdigest()
 
 
 def cache_dir() -> Path:
@@ -135,6 +144,11 @@ def load_source(source: Source, streaming: bool = False) -> Dataset | IterableDa
     if data.features and getattr(features[theirs], "dtype", None) not in ("string", "large_string"):
         raise UserError(f"datasets: {source.path}: column {theirs} holds {features[theirs]}, not text")
     data = data.select_columns([theirs])
+    if isinstance(data, Dataset) and (column := data.data.column(theirs)).null_count:
+        row = int(np.flatnonzero(column.is_null())[0])
+        raise UserError(
+            f"datasets: {source.path}: row {row} has null where text belongs ({column.null_count} such rows)"
+        )
     return data if theirs == "text" else data.rename_column(theirs, "text")
 
 
@@ -148,7 +162,8 @@ def _reason(error: Exception, path: Path) -> str:
                 return f"line {number} is not valid JSON in UTF-8: {broken}"
     while error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, StopIteration) or (path.is_file() and path.stat().st_size == 0):
+    empty = path.is_file() and path.stat().st_size == 0
+    if empty or isinstance(error, StopIteration) or "corresponds to no data" in str(error):
         return "no rows"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
@@ -179,7 +194,7 @@ def load_documents(data: DataConfig, seed: int, streaming: bool = False) -> list
     """Every source of `data`, with `eval_fraction` of its documents held out and the rest shuffled.
 
     Of a source with a single document the end is held out. The split depends on `seed` alone, so it is the same on every rank. Streams cannot be counted or
-    shuffled: there every k-th document is held out, k = 1 / eval_fraction, and the order stays.
+    shuffled: there the documents at which i * eval_fraction passes a whole number are held out, and the order stays.
     """
     if not data.datasets:
         raise UserError("datasets: the list is empty")
@@ -192,24 +207,17 @@ def _hold_out(documents, fraction: float, seed: int):
     if isinstance(documents, IterableDataset):
         if not fraction:
             return documents, None
-        every = round(1 / fraction)
-        train = documents.filter(lambda _, i: i % every != 0, with_indices=True)
-        return train, documents.filter(lambda _, i: i % every == 0, with_indices=True)
+        train = documents.filter(lambda _, i: int((i + 1) * fraction) == int(i * fraction), with_indices=True)
+        return train, documents.filter(lambda _, i: int((i + 1) * fraction) > int(i * fraction), with_indices=True)
     if not fraction:
         return documents.shuffle(seed=seed), None
     if len(documents) == 1:  # one long text: its end is held out, from the nearest line on
         text = documents[0]["text"] or ""
         cut = text.rfind("\n", 0, round(len(text) * (1 - fraction))) + 1 or round(len(text) * (1 - fraction))
         return Dataset.from_dict({"text": [text[:cut]]}), Dataset.from_dict({"text": [text[cut:]]})
-    parts = documents.train_test_split(test_size=max(1, round(fraction * len(documents))), seed=seed)
+    size = min(max(1, round(fraction * len(documents))), len(documents) - 1)
+    parts = documents.train_test_split(test_size=size, seed=seed)
     return parts["train"], parts["test"]
-
-
-def identity(documents: list[Documents], tokenizer=None) -> dict:
-    """What makes two runs train on the same data: fingerprints of the train documents and of the tokenizer."""
-    streamed = any(isinstance(part.train, IterableDataset) for part in documents)
-    found = {"data": [part.source.path if streamed else fingerprint(part.train) for part in documents]}
-    return found if tokenizer is None else found | {"tokenizer": hasher(tokenizer.backend_tokenizer.to_str())}
 
 
 # ---- windows -------------------------------------------------------------------------------------
@@ -218,14 +226,28 @@ def identity(documents: list[Documents], tokenizer=None) -> dict:
 def token_stream(documents, tokenizer, name: str, stats: dict | None = None) -> Iterator[np.ndarray]:
     """Token ids of `documents`, each followed by EOS. Text that looks like a special token stays text."""
     tokenizer.backend_tokenizer.encode_special_tokens = True
-    source = texts(documents, name)
-    while batch := list(islice(source, BATCH)):
+    tokenizer.backend_tokenizer.no_truncation()  # a tokenizer.json may carry either
+    tokenizer.backend_tokenizer.no_padding()
+    for batch in _batches(texts(documents, name)):
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         if stats is not None:
             stats["documents"] += len(batch)
             stats["bytes"] += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
         for encoding in encodings:
             yield np.asarray([*encoding.ids, tokenizer.eos_token_id], dtype=np.int32)
+
+
+def _batches(source: Iterator[str]) -> Iterator[list[str]]:
+    """Lists of texts of about BATCH characters: the tokenizer's memory follows the characters, not the rows."""
+    batch, size = [], 0
+    for text in source:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def windows_of(stream: Iterator[np.ndarray], length: int, stats: dict | None = None) -> Iterator[np.ndarray]:
@@ -246,7 +268,8 @@ def tokenize(documents: Dataset, tokenizer, length: int, name: str) -> tuple[Dat
 
     Cached under data, tokenizer and length. One process does the work while the others wait at a
     file lock, not in a collective, so no time-out ends them however long it takes. `stats` counts
-    documents, empty ones, bytes, windows, tokens, and the tail of tokens that fill no window.
+    documents, empty ones, bytes, windows, tokens, the tail of tokens that fill no window, and has
+    the digest of the windows.
     """
     key = hasher(fingerprint(documents), tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, length)
     arrow, info = cache_dir() / f"{key}.arrow", cache_dir() / f"{key}.json"
@@ -255,18 +278,20 @@ def tokenize(documents: Dataset, tokenizer, length: int, name: str) -> tuple[Dat
         if not (arrow.is_file() and info.is_file()):
             stats = {"documents": 0, "bytes": 0, "windows": 0, "tail": 0}
             column = pa.list_(pa.int32(), length)
-            partial = arrow.with_suffix(f".{os.getpid()}.partial")
+            partial, digest = arrow.with_suffix(".partial"), xxhash.xxh3_128()
             with (
                 pa.OSFile(str(partial), "wb") as sink,
                 pa.ipc.new_stream(sink, pa.schema({"input_ids": column})) as out,
             ):
                 for block in windows_of(token_stream(documents, tokenizer, name, stats), length, stats):
                     stats["windows"] += len(block)
+                    digest.update(block.tobytes())
                     out.write_batch(
                         pa.record_batch({"input_ids": pa.FixedSizeListArray.from_arrays(block.reshape(-1), length)})
                     )
             stats["empty"] = len(documents) - stats["documents"]
             stats["tokens"] = stats["windows"] * length
+            stats["digest"] = digest.hexdigest()
             info.write_text(json.dumps(stats))
             os.replace(partial, arrow)
     return Dataset.from_file(str(arrow)).with_format("numpy"), json.loads(info.read_text())
@@ -276,13 +301,18 @@ def mix(parts: list[Dataset], weights: list[float | None], seed: int) -> tuple[D
     """(mixture, windows taken of each part). See the top of this file for the meaning of `weights`."""
     if all(weight is None for weight in weights):
         return concatenate_datasets(parts), [len(part) for part in parts]
-    if any(weight is None or weight <= 0 for weight in weights):
-        raise UserError(f"datasets: give every source a weight above 0, or none; got {weights}")
-    shares = [weight / sum(weights) for weight in weights]
-    total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
-    taken = [min(len(part), round(total * share)) for part, share in zip(parts, shares, strict=True)]
+    parts_of_one = shares(weights)
+    total = min(len(part) / share for part, share in zip(parts, parts_of_one, strict=True))
+    taken = [min(len(part), round(total * share)) for part, share in zip(parts, parts_of_one, strict=True)]
     chosen = [part.shuffle(seed=seed).select(range(n)) for part, n in zip(parts, taken, strict=True)]
     return concatenate_datasets(chosen), taken
+
+
+def shares(weights: list[float | None]) -> list[float]:
+    """Weights as shares of one. Raises UserError unless every source has a positive one."""
+    if any(weight is None or weight <= 0 for weight in weights):
+        raise UserError(f"datasets: give every source a weight above 0, or none; got {weights}")
+    return [weight / sum(weights) for weight in weights]
 
 
 class StreamedWindows(torch.utils.data.IterableDataset):
@@ -295,7 +325,10 @@ class StreamedWindows(torch.utils.data.IterableDataset):
 
     def __init__(self, documents: list[Documents], tokenizer, length: int):
         self.documents, self.tokenizer, self.length = documents, tokenizer, length
-        self.weights = [1.0 if part.source.weight is None else part.source.weight for part in documents]
+        weights = [part.source.weight for part in documents]
+        if len(weights) > 1 and None in weights:
+            raise UserError("datasets: streams have no size to mix them by: give every source a weight")
+        self.weights = shares(weights) if len(weights) > 1 else [1.0]
 
     def _windows(self, part: Documents) -> Iterator[np.ndarray]:
         def passes():
@@ -321,28 +354,37 @@ class StreamedWindows(torch.utils.data.IterableDataset):
 def make_windows(
     documents: list[Documents], tokenizer, windows: WindowConfig, batch_size: int, args: TrainingArguments
 ):
-    """(train windows, eval windows or None, report) for the Trainer; report is a list of sentences for the first screen.
+    """(train windows, eval windows or None, report, digests) for the Trainer.
+
+    `report` is a list of sentences for the first screen, `digests` tells the training data of two runs apart.
 
     Both sets are cut to whole batches of `batch_size`, and the evaluation's micro-batch to a divisor
     of it: then every world size sees the same batches, and the mean of the losses is exact.
     """
-    length, report, trains, evals = windows.sequence_length, [], [], []
-    if windows.streaming and args.max_steps <= 0:
-        raise UserError("streaming has no end: set max_steps")
+    length, report, digests, trains, evals = windows.sequence_length, [], [], [], []
+    if windows.streaming:
+        stream = StreamedWindows(documents, tokenizer, length)
+        if args.max_steps <= 0:
+            raise UserError("streaming has no end: set max_steps")
+        if args.dataloader_num_workers:
+            raise UserError("streaming reads in one process: set dataloader_num_workers: 0")
     for part in documents:
         name = part.source.path
         if windows.streaming:
             if part.eval is not None:
                 cut = chain.from_iterable(windows_of(token_stream(part.eval, tokenizer, name), length))
                 evals.append(Dataset.from_dict({"input_ids": list(islice(cut, STREAMED_EVAL))}))
+            digests.append(name)  # what it holds is not known before it is read
             report.append(
-                f"{name}: streamed in stored order, shuffle it beforehand; a resume reads again what was trained on"
+                f"{name}: streamed in stored order, shuffle it beforehand; a resume reads again what was trained on "
+                "and does not notice changed data"
             )
             continue
         if part.eval is not None:
             evals.append(tokenize(part.eval, tokenizer, length, name)[0])
         cut, stats = tokenize(part.train, tokenizer, length, name)
         trains.append(cut)
+        digests.append(stats["digest"])
         left_out = f"; {stats['empty']:,} empty documents left out" if stats["empty"] else ""
         report.append(
             f"{name}: {stats['documents']:,} documents, {stats['bytes'] / 1e6:.1f} MB, {stats['tokens']:,} tokens{left_out}"
@@ -351,21 +393,22 @@ def make_windows(
     if evals:
         args.per_device_eval_batch_size = micro_batch(batch_size // args.world_size, args.per_device_eval_batch_size)
         whole = concatenate_datasets([part for part in evals if len(part)] or evals)
-        evaluation = _whole_batches(whole, batch_size, "held-out", report).with_format("numpy")
+        evaluation = _whole_batches(whole, batch_size, "held-out", report, args.seed).with_format("numpy")
     if windows.streaming:
-        return StreamedWindows(documents, tokenizer, length), evaluation, report
+        return stream, evaluation, report, digests
     train, taken = mix(trains, [part.source.weight for part in documents], args.seed)
     for part, cut, used in zip(documents, trains, taken, strict=True):
         if used < len(cut):
             report.append(f"{part.source.path}: {used:,} of {len(cut):,} windows used, to keep the weights")
-    return _whole_batches(train, batch_size, "training", report), evaluation, report
+    return _whole_batches(train, batch_size, "training", report, args.seed), evaluation, report, digests
 
 
-def _whole_batches(cut: Dataset, batch_size: int, what: str, report: list[str]) -> Dataset:
+def _whole_batches(cut: Dataset, batch_size: int, what: str, report: list[str], seed: int) -> Dataset:
     rest = len(cut) % batch_size
     if rest == len(cut):
         more = ": raise eval_fraction" if what == "held-out" else ""
         raise UserError(f"datasets: {len(cut)} {what} windows, fewer than one batch of {batch_size}{more}")
     if rest:
         report.append(f"{rest} of {len(cut):,} {what} windows left out, so that all batches are full")
+        cut = cut.shuffle(seed=seed)  # or the last source would lose them all
     return cut.select(range(len(cut) - rest))

@@ -27,14 +27,18 @@ def meta_model(config: PreTrainedConfig) -> nn.Module:
 def flops_per_token(config: PreTrainedConfig, length: int) -> float:
     """Forward and backward FLOPs a token: 6 N + 12 L H Dh T (Chowdhery et al. 2022, PaLM, appendix B).
 
-    N counts the weights of all matrix products, the output head included even when it is tied;
+    N counts the weights of all matrix products, the output head included even when it is tied, and
+    of a mixture of experts those that a token passes;
     embeddings looked up, norms and biases are not counted. Causal attention is not halved and
     recomputation is not counted.
     """
     model = meta_model(config)
     matmul = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 6 * matmul + 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * length
+    experts = sum(p[0].numel() for name, p in model.named_parameters() if "experts" in name and p.ndim == 3)
+    matmul += experts * (getattr(config, "num_experts_per_tok", None) or 0)
+    heads = getattr(config, "num_attention_heads", 0)  # a state-space model has none
+    head_dim = heads and (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 6 * matmul + 12 * config.num_hidden_layers * heads * head_dim * length
 
 
 def peak_flops() -> float | None:
@@ -106,10 +110,11 @@ def measure(trainer, eval_windows, tokenizer, throughput, started: float) -> dic
     }
     if eval_windows is not None:
         logged = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row and row["step"] == steps]
-        loss = logged[-1] if logged else trainer.evaluate()["eval_loss"]
+        same = logged and not args.load_best_model_at_end  # then the weights are those of another step
+        loss = logged[-1] if same else trainer.evaluate()["eval_loss"]
         results |= {
             "eval_loss": loss,
-            "perplexity": math.exp(loss),
+            "perplexity": math.exp(min(loss, 700)),
             "bits_per_byte": bits_per_byte(loss, eval_windows, tokenizer),
         }
         results["unigram_entropy"] = unigram_entropy(eval_windows)

@@ -3,6 +3,7 @@
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -12,9 +13,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from httpx2 import HTTPError
 from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from transformers import Trainer, TrainingArguments
 
@@ -54,7 +53,11 @@ def changed_keys(output_dir: str, run: dict) -> list[str]:
     path = Path(output_dir) / "run.yaml"
     if not path.is_file():
         return []
-    there = yaml.safe_load(path.read_text())
+    try:
+        there = yaml.safe_load(path.read_text())
+        there["config"], there["identity"]
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged: remove it to continue, or choose another --output_dir") from error
     old, new = ({**r["config"], **r["identity"]} for r in (there, run))
     if old.get("global_batch_size") is None:  # then the batch is what the per-device keys and the launch make of it
         for side, r in ((old, there), (new, run)):
@@ -73,19 +76,23 @@ def _short(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def output_problems(output_dir: str, record: dict, needed: int = 0) -> list[str]:
-    """Why this run cannot write `needed` bytes to output_dir, one sentence each."""
+def output_problems(output_dir: str, record: dict | None, needed: int = 0) -> list[str]:
+    """Why the run `record` (if known) cannot write `needed` bytes to output_dir."""
     folder = Path(output_dir).absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         return [f"output_dir: {nearest} is not a folder you can write to"]
+    needed -= sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # what it has written already
     if needed > (free := shutil.disk_usage(nearest).free):
-        return [f"output_dir: this run needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free in {nearest}"]
-    if not (folder / "run.yaml").is_file() and (any(folder.glob("checkpoint-*")) or (folder / "config.json").is_file()):
+        return [f"output_dir: this run needs about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free in {nearest}"]
+    begun = [*folder.glob("*checkpoint-*"), *folder.glob("*.safetensors"), *folder.glob("*.json")]
+    if not begun:  # nothing that could be lost
+        return []
+    if not (folder / "run.yaml").is_file():
         return [
             f"output_dir: {output_dir} holds a model that no recipe wrote. Choose another --output_dir, or move it away"
         ]
-    if changes := changed_keys(output_dir, record):
+    if record and (changes := changed_keys(output_dir, record)):
         return [
             f"output_dir: {output_dir} holds another run ({'; '.join(changes[:4])}). Choose another --output_dir, or move it away"
         ]
@@ -114,14 +121,18 @@ def claim(args, push_to_hub: bool, record: dict) -> None:
         except OSError as error:
             raise UserError(f"output_dir: {folder} is in use by another run: choose another") from error
         _locks.append(file)
-        (folder / "run.yaml").write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+        (folder / "run.yaml.partial").write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+        os.replace(folder / "run.yaml.partial", folder / "run.yaml")
 
 
 _locks = []  # open files: closing one gives its folder up
 
 
 def save_model(trainer: Trainer) -> None:
-    """Writes weights, tokenizer and configs to `output_dir`, then compares the file with the model's own names and shapes."""
+    """Writes weights, tokenizer and configs to `output_dir`, then counts what the file holds.
+
+    Counts, not names: some architectures are stored under other names than they train with.
+    """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None:
         plugin.set_state_dict_type("FULL_STATE_DICT")  # with shards, save_model writes nothing at all
@@ -129,15 +140,16 @@ def save_model(trainer: Trainer) -> None:
     if trainer.args.process_index == 0:
         folder = Path(trainer.args.output_dir)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and no one needs it
-        shapes = {}
+        saved = {}
         for path in folder.glob("model*.safetensors"):
             with safe_open(path, "pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                saved |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         model = meta_model(trainer.model.config)
         tied = set(getattr(model, "all_tied_weights_keys", {}))
-        expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
-        if wrong := {name for name in expected if shapes.get(name) != expected[name]}:
-            raise RecipeExit(f"{folder}: the saved weights are not whole: {', '.join(sorted(wrong)[:5])}")
+        expected = sum(p.numel() for name, p in model.named_parameters() if name not in tied)
+        found = sum(size for name, size in saved.items() if name not in tied)
+        if found != expected:
+            raise RecipeExit(f"{folder}: the saved weights are not whole: {found:,} of {expected:,} numbers")
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
@@ -182,7 +194,7 @@ def write_results(
     body += [
         "\n".join(["| metric | value |", "| --- | ---: |", *(f"| {key} | {value} |" for key, value in shown.items())])
     ]
-    body += ["## Samples", *(f"```text\n{text}\n```" for text in samples)] if samples else []
+    body += ["## Samples", *(f"````text\n{text}\n````" for text in samples)] if samples else []
     (folder / "README.md").write_text("\n\n".join([f"---\n{front.to_yaml()}\n---", *body]) + "\n")
     (folder / "metrics.json.partial").write_text(json.dumps(metrics, indent=2) + "\n")
     os.replace(folder / "metrics.json.partial", folder / "metrics.json")
@@ -240,7 +252,7 @@ def push(args, folder: Path | None = None, message: str = "End of training", tri
                 commit_message=message,
                 revision=args.hub_revision,
             ).commit_url
-        except (HfHubHTTPError, HTTPError, OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # the client lets many kinds through, and none may cost the result
             reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
             time.sleep(2**attempt * (attempt + 1 < tries))
     raise PushFailed(

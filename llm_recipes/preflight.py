@@ -1,15 +1,25 @@
 """The checks of every start, all problems at once, and the first screen, which says what will happen."""
 
+import dataclasses
 import math
 
-from httpx2 import HTTPError
+import torch
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+from huggingface_hub.utils import validate_repo_id
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.integrations import get_available_reporting_integrations
 
 from llm_recipes.checkpoints import CHECKPOINT_BYTES
-from llm_recipes.config import ModelConfig, RunConfig, WindowConfig, check_local
+from llm_recipes.config import DataConfig, ModelConfig, RunConfig, WindowConfig, check_local, unknown_key
 from llm_recipes.errors import UserError
 from llm_recipes.launch import asked_strategy, idle_devices, state_bytes
 from llm_recipes.metrics import meta_model
@@ -20,47 +30,50 @@ def architecture(model: ModelConfig, tokenizer) -> PreTrainedConfig:
     """The model's configuration: `model_config` for a model from scratch, or that of `model_name_or_path`.
 
     From scratch, vocabulary and special ids come from the tokenizer unless given. Raises UserError
-    for a key the architecture does not have and for values it refuses.
+    for a key the architecture does not have, for values it refuses, and for models that look ahead.
     """
     if (model.model_config is None) == (model.model_name_or_path is None):
         raise UserError("set model_config to train from scratch, or model_name_or_path to continue")
     if model.model_name_or_path:
-        check_local("model_name_or_path", model.model_name_or_path)
+        name = check_local("model_name_or_path", model.model_name_or_path)
         try:
-            return AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision or "main")
+            config = AutoConfig.from_pretrained(name, revision=model.model_revision or "main")
         except (OSError, ValueError) as error:
-            raise UserError(f"model_name_or_path: {model.model_name_or_path}: {str(error).splitlines()[0]}") from error
-    keys = dict(model.model_config)
-    kind = keys.pop("model_type", None)
-    try:
-        known = AutoConfig.for_model(kind)
-        for key in keys:
-            if not hasattr(known, key):
-                raise ValueError(f"{kind} has no key `{key}`")
-        ids = {
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        return AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **keys})
-    except Exception as error:  # validation errors of huggingface_hub have no common public base
-        raise UserError(f"model_config: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(f"model_name_or_path: {name}: {str(error).splitlines()[0]}") from error
+    else:
+        keys = dict(model.model_config)
+        kind = keys.pop("model_type", None)
+        try:
+            known = AutoConfig.for_model(kind)
+            names = {f.name for f in dataclasses.fields(known)} | set(known.attribute_map)
+            for key in keys:
+                if key not in names:
+                    raise ValueError(f"{kind}: {unknown_key(key, names)}")
+            ids = {
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+            }
+            config = AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **keys})
+        except Exception as error:  # validation errors of huggingface_hub have no common public base
+            raise UserError(f"model_config: {' '.join(str(error).split())[:300]}") from error
+    looks_ahead = type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or looks_ahead:
+        raise UserError(f"{config.model_type} is not a causal language model (or needs is_decoder: true)")
+    return config
 
 
 def preflight(
-    args: TrainingArguments, run: RunConfig, windows: WindowConfig, config: PreTrainedConfig, tokenizer, train, evaluation,
-    report: list[str], record: dict,
-) -> None:  # fmt: skip
-    """Checks everything that can be checked before the model exists and prints the plan on rank 0.
-
-    Raises UserError with all problems, one a line, before anything is written.
-    """
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(train) / batch)
+    args: TrainingArguments,
+    run: RunConfig,
+    data: DataConfig,
+    windows: WindowConfig,
+    config: PreTrainedConfig,
+    tokenizer,
+) -> None:
+    """Checks all that does not need the tokenized data. Raises UserError with every problem, one a line; nothing is written."""
     parameters = sum(p.numel() for p in meta_model(config).parameters())
     context = getattr(config, "max_position_embeddings", None) or windows.sequence_length
-    kept = 0 if args.save_strategy == "no" else min(args.save_total_limit or 10, 10)
-
     problems = []
     if len(tokenizer) > config.vocab_size:
         problems.append(
@@ -73,22 +86,57 @@ def preflight(
     for prompt in run.sample_prompts:
         if (size := len(prompt_ids(tokenizer, prompt))) >= context:
             problems.append(f"sample_prompts: {prompt[:20]!r}... has {size} tokens, the model's context is {context}")
-    if args.warmup_steps >= steps:
-        problems.append(f"warmup_steps {args.warmup_steps:g} is not below the {steps} steps of the run")
-    if args.eval_strategy != "no" and evaluation is None:
+    if 0 < args.max_steps <= args.warmup_steps:
+        problems.append(f"warmup_steps {args.warmup_steps:g} is not below the {args.max_steps} steps of the run")
+    if args.eval_strategy != "no" and not data.eval_fraction:
         problems.append(f"eval_strategy: {args.eval_strategy.value} needs data: set eval_fraction above 0")
     if missing := set(args.report_to) - set(get_available_reporting_integrations()):
         problems.append(f"report_to: {', '.join(sorted(missing))} is not installed: pip install -e '.[track]'")
     if args.hub_strategy not in ("end", "every_save"):
         problems.append(f"hub_strategy: {args.hub_strategy.value} is not supported: use end or every_save")
-    problems += output_problems(args.output_dir, record, needed=parameters * (4 + CHECKPOINT_BYTES * kept))
+    problems += _optimisation_problems(args)
+    kept = 0 if args.save_strategy == "no" else min(args.save_total_limit or 10, 10)
+    problems += output_problems(args.output_dir, None, needed=parameters * (4 + CHECKPOINT_BYTES * kept))
     if run.push_to_hub and args.process_index == 0:
-        problems += _hub_problems()
+        problems += hub_problems(args)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _optimisation_problems(args: TrainingArguments) -> list[str]:
+    """Builds the optimizer and the schedule over one parameter, and says what they refuse."""
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+        steps = {"num_warmup_steps": 1, "num_training_steps": 10}
+        get_scheduler(
+            args.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {})
+        )
+    except Exception as error:  # whatever the optimizer's own package raises
+        return [
+            f"optim {args.optim.value} with lr_scheduler_type {args.lr_scheduler_type.value}: {' '.join(str(error).split())}"
+        ]
+    return []
+
+
+def plan(
+    args: TrainingArguments, run: RunConfig, windows: WindowConfig, config: PreTrainedConfig, tokenizer, train, evaluation,
+    report: list[str], record: dict,
+) -> None:  # fmt: skip
+    """The checks that need the data, then the first screen, on rank 0: what will happen, in a dozen lines."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(train) / batch)
+    problems = output_problems(args.output_dir, record)
+    if args.warmup_steps >= steps:
+        problems.append(f"warmup_steps {args.warmup_steps:g} is not below the {steps} steps of the run")
+    if args.world_size > 1 and any(other != record["identity"] for other in gather_object([record["identity"]])):
+        problems.append("the processes do not see the same data or tokenizer: share the files between the machines")
     if problems:
         raise UserError("\n".join(problems))
     if args.process_index != 0:
         return
 
+    parameters = sum(p.numel() for p in meta_model(config).parameters())
     strategy, tokens = asked_strategy(), steps * batch * windows.sequence_length
     processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
@@ -99,7 +147,10 @@ def preflight(
         *(("data", line) for line in report),
         ("data", f"{sizes} to train on, {0 if evaluation is None else len(evaluation):,} windows held out"),
         ("tokenizer", f"{len(tokenizer):,} ids, documents end with {tokenizer.eos_token}"),
-        ("model", f"{config.model_type}, {parameters:,} parameters, context {context}"),
+        (
+            "model",
+            f"{config.model_type}, {parameters:,} parameters, context {getattr(config, 'max_position_embeddings', windows.sequence_length)}",
+        ),
         (
             "batch",
             f"{batch} sequences = {processes} x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
@@ -121,10 +172,12 @@ def preflight(
             print(f"{label:<10} {text}", flush=True)
 
 
-def _hub_problems() -> list[str]:
+def hub_problems(args) -> list[str]:
+    """Why the Hub would refuse the push of `args`, as far as can be known beforehand."""
     try:
+        validate_repo_id(repo_id(args))
         HfApi().whoami()
         return []
-    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
+    except Exception as error:  # as in outputs.push
         reason = " ".join(str(error).split())[:200]
-        return [f"push_to_hub: the Hub does not accept this login ({reason}): run `hf auth login` or set HF_TOKEN"]
+        return [f"push_to_hub: {repo_id(args)}: {reason}. Check hub_model_id, and `hf auth login` or HF_TOKEN"]

@@ -1,6 +1,5 @@
 """A byte-level BPE tokenizer trained on the run's own documents."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -9,9 +8,9 @@ from filelock import FileLock
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from llm_recipes._compat import fingerprint, hasher
+from llm_recipes._compat import fingerprint
 from llm_recipes.config import TokenizerConfig, check_local
-from llm_recipes.datasets import Documents, cache_dir, texts
+from llm_recipes.datasets import Documents, cache_dir, hasher, texts
 from llm_recipes.errors import UserError
 
 # Words with their leading space, single digits, punctuation runs, newlines (the split of Qwen2).
@@ -69,15 +68,23 @@ def _limited(source):
         yield text
 
 
-def load_tokenizer(config: TokenizerConfig, documents: list[Documents]) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    config: TokenizerConfig, documents: list[Documents], model_name_or_path: str | None = None
+) -> PreTrainedTokenizerFast:
     """The tokenizer of `config`: loaded, or trained on the train documents and kept in the cache.
+
+    A model that is continued brings its own.
 
     As in `datasets.tokenize`, one process trains while the others wait at a file lock.
     """
-    if (name := config.tokenizer_name_or_path) is not None:
+    if model_name_or_path and config.tokenizer_vocab_size is not None:
+        raise UserError(
+            "tokenizer_vocab_size: a new tokenizer does not fit the embeddings of model_name_or_path: remove it"
+        )
+    if (name := config.tokenizer_name_or_path or model_name_or_path) is not None:
         if config.tokenizer_vocab_size is not None:
             raise UserError("set tokenizer_name_or_path or tokenizer_vocab_size, not both")
-        check_local("tokenizer_name_or_path", name)
+        name = check_local("tokenizer_name_or_path", name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
@@ -96,7 +103,8 @@ def load_tokenizer(config: TokenizerConfig, documents: list[Documents]) -> PreTr
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            partial = Path(f"{folder}.{os.getpid()}.partial")
+            partial = Path(f"{folder}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
             rows = (row for train in trains for row in train)
             train_tokenizer(rows, config.tokenizer_vocab_size).save_pretrained(partial)
             shutil.move(partial, folder)

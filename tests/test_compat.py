@@ -40,8 +40,8 @@ def test_fingerprint_follows_the_content():
     assert _compat.fingerprint(first.shuffle(seed=1)) != _compat.fingerprint(first)
 
 
-def test_hasher_separates_its_parts():
-    assert _compat.hasher("ab", "c") != _compat.hasher("a", "bc") and _compat.hasher(1) == _compat.hasher("1")
+def test_best_model_is_loaded_at_the_end():
+    assert "self._load_best_model()" in inspect.getsource(Trainer._finalize_training)
 
 
 def test_private_names_are_nowhere_else():

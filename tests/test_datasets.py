@@ -1,5 +1,8 @@
+import copy
 import json
 import multiprocessing
+import os
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -25,7 +28,7 @@ from tests.running import write_texts
 
 
 class Args:
-    max_steps, seed, world_size, per_device_eval_batch_size = 100, 0, 1, 8
+    max_steps, seed, world_size, per_device_eval_batch_size, dataloader_num_workers = 100, 0, 1, 8, 0
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +49,14 @@ def test_windows_carry_over_every_border():
 
 
 def test_tokenize_equals_brute_force_and_loses_nothing(tokenizer, monkeypatch):
-    monkeypatch.setattr("llm_recipes.datasets.BATCH", 3)  # many batch borders
+    monkeypatch.setattr("llm_recipes.datasets.BATCH", 20)  # many batch borders
     rows = ["the cat sees fish", "", "a dog " * 40, f"text {EOS} <|pad|> stays text", "12345", "naïve 日本 \U0001f600"]
     windows, stats = tokenize(Dataset.from_dict({"text": rows}), tokenizer, 7, "rows")
     stream = [i for row in rows if row for i in [*ids_of(tokenizer, row), tokenizer.eos_token_id]]
     assert np.array_equal(np.concatenate(windows["input_ids"]), stream[: len(stream) // 7 * 7])
     assert stats == {
         "documents": 5, "empty": 1, "windows": len(stream) // 7, "tokens": len(stream) // 7 * 7, "tail": len(stream) % 7,
-        "bytes": sum(len(row.encode()) for row in rows),
+        "bytes": sum(len(row.encode()) for row in rows), "digest": stats["digest"],
     }  # fmt: skip
 
 
@@ -81,7 +84,10 @@ def _tokenize_in_child(path, queue):
     source = load_source(Source(str(path)))
     tokenizer = train_tokenizer(source, 300)
     windows, stats = tokenize(source, tokenizer, 16, "t")
-    queue.put((stats["windows"], int(np.sum(windows["input_ids"])), [p.name for p in cache_dir().glob("*.partial")]))
+    (path,) = {Path(part["filename"]) for part in windows.cache_files}
+    queue.put(
+        (stats["windows"], int(np.sum(windows["input_ids"])), path.stat().st_ino)
+    )  # each writing makes a new inode
 
 
 def test_one_process_tokenizes_while_others_wait(tmp_path):
@@ -189,9 +195,12 @@ def test_split_that_is_not_there(tmp_path):
         load_source(Source(str(tmp_path / "d"), split="validation"))
 
 
-def test_row_without_text_is_named(tokenizer):
+def test_row_without_text_is_named(tokenizer, tmp_path):
     with pytest.raises(UserError, match="corpus: row 2 has None where text belongs"):
         tokenize(Dataset.from_dict({"text": ["a", "b", None]}), tokenizer, 4, "corpus")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
+    with pytest.raises(UserError, match=r"row 1 has null where text belongs \(1 such rows\)"):
+        load_source(Source(str(tmp_path / "a.jsonl")))
 
 
 def test_unreachable_hub_is_one_sentence(monkeypatch):
@@ -228,7 +237,7 @@ def test_weights_count_tokens_not_documents(tmp_path, tokenizer):
     (tmp_path / "short.jsonl").write_text(short)
     sources = [Source(str(tmp_path / "long.jsonl"), weight=1), Source(str(tmp_path / "short.jsonl"), weight=1)]
     documents = load_documents(DataConfig(sources, eval_fraction=0.1), seed=0)
-    train, _, report = make_windows(documents, tokenizer, WindowConfig(16), 2, Args)
+    train, _, report, _ = make_windows(documents, tokenizer, WindowConfig(16), 2, Args)
     parts = [tokenize(d.train, tokenizer, 16, "t")[0] for d in documents]
     rows = {row.tobytes() for row in parts[1]["input_ids"]}
     of_short = sum(row.tobytes() in rows for row in train["input_ids"])
@@ -241,17 +250,62 @@ def test_streaming_yields_the_same_windows_and_never_the_held_out(tmp_path, toke
     data = DataConfig([Source(str(path))], eval_fraction=0.2)
     documents = load_documents(data, 0, streaming=True)
     rows = load_source(Source(str(path)))["text"]
-    kept = [row for i, row in enumerate(rows) if i % 5]
+    kept = [row for i, row in enumerate(rows) if i % 5 != 4]
     stream = [i for row in kept * 2 for i in [*ids_of(tokenizer, row), tokenizer.eos_token_id]]
     got = StreamedWindows(documents, tokenizer, 16)
     n = len(stream) // 16
     assert np.array_equal(
         [row["input_ids"] for _, row in zip(range(n), got, strict=False)], np.reshape(stream[: n * 16], (n, 16))
     )
-    train, evaluation, report = make_windows(documents, tokenizer, WindowConfig(16, streaming=True), 4, Args)
-    held = [i for row in rows[::5] for i in [*ids_of(tokenizer, row), tokenizer.eos_token_id]]
+    train, evaluation, report, _ = make_windows(documents, tokenizer, WindowConfig(16, streaming=True), 4, Args)
+    held = [i for row in rows[4::5] for i in [*ids_of(tokenizer, row), tokenizer.eos_token_id]]
     assert np.array_equal(np.concatenate(evaluation["input_ids"]), held[: len(held) // 64 * 64])
     assert "a resume reads again" in report[0] and isinstance(train, StreamedWindows)
+
+
+def test_no_source_is_left_out_to_fill_batches(tmp_path, tokenizer):
+    paths = [write_texts(tmp_path / "a.jsonl", rows=300), write_texts(tmp_path / "b.jsonl", rows=20, seed=5)]
+    documents = load_documents(DataConfig([Source(str(p)) for p in paths], eval_fraction=0), seed=0)
+    train, _, report, _ = make_windows(documents, tokenizer, WindowConfig(32), 64, Args)
+    small = {row.tobytes() for row in tokenize(documents[1].train, tokenizer, 32, "t")[0]["input_ids"]}
+    left = int(report[-1].split(" of ")[0])
+    assert left > len(small) / 2 and sum(row.tobytes() in small for row in train["input_ids"]) > 0.5 * len(small)
+
+
+def test_touching_a_file_does_not_make_other_data(tmp_path, tokenizer):
+    path = write_texts(tmp_path / "a.jsonl")
+    digests = []
+    for mtime in (1, 2):
+        os.utime(path, (mtime, mtime))
+        documents = load_documents(DataConfig([Source(str(path))], 0.1), 0)
+        digests.append(make_windows(documents, tokenizer, WindowConfig(16), 2, Args)[-1])
+    assert digests[0] == digests[1]
+    documents = load_documents(DataConfig([Source(str(write_texts(path, seed=3)))], 0.1), 0)
+    assert make_windows(documents, tokenizer, WindowConfig(16), 2, Args)[-1] != digests[0]
+
+
+def test_truncation_in_a_tokenizer_file_does_not_cut_documents(tokenizer):
+    documents = Dataset.from_dict({"text": ["the cat sees fish " * 20]})
+    whole = np.concatenate(list(token_stream(documents, tokenizer, "t")))
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.enable_truncation(8)
+    other.backend_tokenizer.enable_padding(length=500)
+    assert np.array_equal(np.concatenate(list(token_stream(documents, other, "t"))), whole)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 0.7])
+def test_streams_hold_out_the_share_asked_for(tmp_path, fraction):
+    source = Source(str(write_texts(tmp_path / "a.jsonl", rows=100)))
+    (part,) = load_documents(DataConfig([source], fraction), 0, streaming=True)
+    assert len(list(part.eval)) == round(100 * fraction) and len(list(part.train)) == 100 - round(100 * fraction)
+
+
+@pytest.mark.parametrize("weights", [(None, None), (1, None), (0, 1), (-1, 2)])
+def test_streams_need_weights(tmp_path, tokenizer, weights):
+    path = str(write_texts(tmp_path / "a.jsonl"))
+    documents = load_documents(DataConfig([Source(path, weight=w) for w in weights], 0), 0, streaming=True)
+    with pytest.raises(UserError, match="give every source a weight"):
+        StreamedWindows(documents, tokenizer, 8)
 
 
 def test_streaming_mixes_by_weight(tmp_path, tokenizer):

@@ -79,6 +79,7 @@ def test_non_finite_loss_stops_before_the_update(tiny, config):
     step = int(done.err.split(": the loss is not finite")[0].split("step ")[-1])
     newest = checkpoints("out")
     assert [int(p.name[11:]) for p in newest] == list(range(step - 1, 0, -1))
+    assert newest or step == 1
     if newest:
         assert all(t.isfinite().all() for t in load_file(newest[0] / "model.safetensors").values())
 

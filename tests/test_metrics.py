@@ -18,6 +18,7 @@ from llm_recipes.metrics import (
     token_bytes,
     unigram_entropy,
 )
+from llm_recipes.progress import Throughput
 from llm_recipes.tokenization import train_tokenizer
 
 
@@ -84,3 +85,44 @@ def test_bits_per_byte_by_hand():
 def test_unigram_entropy_by_hand():
     windows = Dataset.from_dict({"input_ids": [[1, 1], [2, 3]]})
     assert unigram_entropy(windows) == pytest.approx(-(0.5 * np.log(0.5) + 0.5 * np.log(0.25)))
+
+
+def test_throughput_leaves_out_warm_up_saving_and_evaluation(monkeypatch):
+    """Ten steps of two seconds at 100 tokens each, a save of 50 s and an evaluation of 70 s: 50 tokens/s."""
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    clock = [1000.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    args, state, control = TrainingArguments("unused", use_cpu=True), TrainerState(max_steps=10), TrainerControl()
+    throughput = Throughput(100)
+    throughput.on_train_begin(args, state, control)
+    for step in range(1, 11):
+        clock[0] += 9 if step <= Throughput.WARMUP else 2
+        state.global_step = step
+        throughput.on_step_end(args, state, control)
+        if step == 5:
+            clock[0] += 50
+            throughput.on_save(args, state, control)
+        if step == 7:
+            clock[0] += 70
+            throughput.on_evaluate(args, state, control)
+    assert throughput.tokens_per_second() == pytest.approx(50) and throughput.session_tokens == 1000
+    logs = {"loss": 1.0}
+    throughput.on_log(args, state, control, logs=logs)
+    assert logs["tokens_per_second"] == pytest.approx(50)
+
+
+def test_flops_of_experts_count_those_a_token_passes():
+    """Mixtral with 2 of 8 experts: as a dense model with two feed-forwards, and the router."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 100,
+    }
+    sparse = flops_per_token(AutoConfig.for_model("mixtral", num_local_experts=8, num_experts_per_tok=2, **sizes), 16)
+    dense = flops_per_token(AutoConfig.for_model("llama", **sizes), 16)
+    one_feed_forward, router = 3 * 64 * 128, 64 * 8
+    assert sparse - dense in (6 * one_feed_forward, 6 * (one_feed_forward + router))

@@ -44,7 +44,7 @@ def test_outputs_are_complete(tiny):
     assert (
         card.startswith("---\n")
         and "loss.png" in card
-        and "```text\nthe cat" in card
+        and "````text\nthe cat" in card
         and "---- sample\nthe cat" in done.out
     )
     assert "step      4/4  loss" in done.out and "tokens/s" in done.out and "Traceback" not in done.err
@@ -56,11 +56,11 @@ def test_eval_loss_is_that_of_the_saved_model(tiny):
     from llm_recipes.datasets import load_documents, make_windows
 
     class Args:
-        seed, max_steps, world_size, per_device_eval_batch_size = 42, 4, 1, 3
+        seed, max_steps, world_size, per_device_eval_batch_size, dataloader_num_workers = 42, 4, 1, 3, 0
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
     documents = load_documents(DataConfig([Source("texts.jsonl")], 0.1), 42)
-    _, evaluation, _ = make_windows(documents, tokenizer, WindowConfig(32), 4, Args)
+    _, evaluation, *_ = make_windows(documents, tokenizer, WindowConfig(32), 4, Args)
     ids = torch.from_numpy(np.array(evaluation["input_ids"])).long()
     with torch.no_grad():
         logits = model(input_ids=ids).logits[:, :-1]
@@ -92,7 +92,7 @@ def test_accumulation_changes_nothing(tiny):
     assert np.allclose(curves[0], curves[1], atol=1e-5) and np.allclose(curves[0], curves[2], atol=1e-5)
 
 
-def test_the_trainer_builds_no_attention_mask(monkeypatch):
+def test_no_attention_mask_is_built(monkeypatch):
     """With a mask SDPA leaves its causal fast path."""
     keys, seen = dict(TINY_MODEL), []
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(keys.pop("model_type"), vocab_size=50, **keys))
@@ -124,10 +124,10 @@ def test_recipe_equals_a_plain_loop(tiny):
     from llm_recipes.datasets import load_documents, make_windows
 
     class Args:
-        seed, max_steps, world_size, per_device_eval_batch_size = 42, 5, 1, 8
+        seed, max_steps, world_size, per_device_eval_batch_size, dataloader_num_workers = 42, 5, 1, 8, 0
 
     tokenizer, config = AutoTokenizer.from_pretrained("out"), AutoConfig.from_pretrained("out")
-    windows, _, _ = make_windows(
+    windows, *_ = make_windows(
         load_documents(DataConfig([Source("texts.jsonl")], 0), 42), tokenizer, WindowConfig(32), 4, Args
     )
     model = from_scratch(config, 42)
@@ -175,6 +175,53 @@ def test_dry_run_writes_nothing(tiny):
     assert done.code == 0 and not Path("out").exists()
     for word in ("data  ", "tokenizer", "model  ", "batch", "steps", "strategy", "memory", "output", "example"):
         assert f"\n{word}" in "\n" + done.out, word
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "mixtral", "gpt2"])
+def test_other_architectures_resume_exactly(tiny, kind):
+    """Their files carry other names than their modules; a resume must not leave any weight fresh."""
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }
+    if kind == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    if kind == "mixtral":
+        sizes |= {"num_key_value_heads": 2, "num_local_experts": 4}
+    config = tiny(model_config={"model_type": kind, **sizes}, max_steps=6, save_steps=3, tie_word_embeddings=None)
+    assert run("--config", config, "--output_dir", "straight").code == 0
+    assert run("--config", config, fault="send_signal:3:15").code == 75
+    done = run("--config", config)
+    assert done.code == 0, done.err
+    assert Path("out/model.safetensors").read_bytes() == Path("straight/model.safetensors").read_bytes()
+    assert AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)[1]["missing_keys"] in (set(), [])
+
+
+def test_best_model_is_what_is_saved_and_measured(tiny):
+    best = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "greater_is_better": True,
+        "metric_for_best_model": "eval_loss",
+    }
+    config = tiny(max_steps=8, save_strategy="best", save_steps=None, **best)
+    done = run("--config", config)
+    assert done.code == 0, done.err
+    assert Path("out/model.safetensors").read_bytes() == Path("out/checkpoint-2/model.safetensors").read_bytes()
+    history = [
+        row
+        for row in yaml.safe_load(Path("out/checkpoint-2/trainer_state.json").read_text())["log_history"]
+        if "eval_loss" in row
+    ]
+    assert json.loads(Path("out/metrics.json").read_text())["eval_loss"] == pytest.approx(
+        history[0]["eval_loss"], abs=1e-5
+    )
+    stopped = run("--config", config, "--output_dir", "stopped", fault="send_signal:6:15")
+    assert stopped.code == 75 and Path("stopped/checkpoint-6/complete.json").exists(), stopped.err
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/pretrain").glob("*.yaml")), ids=lambda p: p.stem)
@@ -253,7 +300,10 @@ BAD = {
     ),
     "output is a file": ({"output_dir": "texts.jsonl/out"}, "texts.jsonl is not a folder you can write to"),
     "unknown architecture": ({"model_config": {"model_type": "lama"}}, "model_config: "),
-    "unknown architecture key": ({"model_config": TINY_MODEL | {"hiden_size": 3}}, "llama has no key `hiden_size`"),
+    "unknown architecture key": (
+        {"model_config": TINY_MODEL | {"hiden_size": 3}},
+        "llama: unknown key `hiden_size`, did you mean `hidden_size`?",
+    ),
     "wrong architecture value": ({"model_config": TINY_MODEL | {"hidden_size": "x"}}, "expected int, got str"),
     "heads do not divide": (
         {"model_config": TINY_MODEL | {"num_attention_heads": 3}},
@@ -269,6 +319,19 @@ BAD = {
     "batch too large": ({"global_batch_size": 5000, "per_device_train_batch_size": 8}, "fewer than one batch of 5000"),
     "eval without data": ({"eval_strategy": "steps", "eval_fraction": 0}, "eval_strategy: steps needs data"),
     "prompt too long": ({"sample_prompts": ["the cat " * 50]}, "tokens, the model's context is 64"),
+    "looks ahead": ({"model_config": {"model_type": "bert"}}, "bert is not a causal language model"),
+    "schedule key": (
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rat": 0.1}},
+        "lr_scheduler_type cosine_with_min_lr",
+    ),
+    "optimizer not installed": ({"optim": "adamw_bnb_8bit"}, "optim adamw_bnb_8bit"),
+    "streaming workers": (
+        {"streaming": True, "dataloader_num_workers": 2, "tokenizer_vocab_size": None, "tokenizer_name_or_path": "tok"},
+        "tok",
+    ),
+    "steps and epochs": ({"num_train_epochs": 2}, "max_steps and num_train_epochs are both set"),
+    "no steps": ({"max_steps": 0}, "max_steps: 0 trains nothing"),
+    "batch behind the back": ({"accelerator_config": {"split_batches": True}}, "`accelerator_config` is not taken"),
     "hub strategy": ({"hub_strategy": "checkpoint"}, "hub_strategy: checkpoint is not supported"),
 }
 

@@ -9,18 +9,17 @@ Without --config it reads config.yaml beside this file. Copy the folder and chan
 
 import time
 
-import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from llm_recipes import metrics, outputs
 from llm_recipes.checkpoints import find_checkpoint, protect
 from llm_recipes.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig, WindowConfig, parse
-from llm_recipes.datasets import identity, load_documents, make_windows
+from llm_recipes.datasets import hasher, load_documents, make_windows
 from llm_recipes.errors import entrypoint
 from llm_recipes.launch import check_strategy
-from llm_recipes.models import from_scratch
+from llm_recipes.models import load_model
 from llm_recipes.objectives import causal_lm
-from llm_recipes.preflight import architecture, preflight
+from llm_recipes.preflight import architecture, plan, preflight
 from llm_recipes.progress import Throughput, show_progress
 from llm_recipes.tokenization import load_tokenizer
 
@@ -34,28 +33,25 @@ def main():
         RunConfig, DataConfig, WindowConfig, TokenizerConfig, ModelConfig, TrainingArguments, script=__file__
     )
 
-    # 2. Data and tokenizer. One process tokenizes; the others wait, then read the same file.
+    # 2. Documents, tokenizer, architecture, and every check that needs no more than these
     documents = load_documents(data, args.seed, windows.streaming)
-    tokenizer = load_tokenizer(tokenizer_config, documents)
-    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    train_dataset, eval_dataset, report = make_windows(documents, tokenizer, windows, batch_size, args)
-
-    # 3. Every check at once, then the plan. Up to here nothing is written to output_dir.
+    tokenizer = load_tokenizer(tokenizer_config, documents, model_config.model_name_or_path)
     config = architecture(model_config, tokenizer)
-    record = outputs.describe(run.resolved, identity(documents, tokenizer))
-    preflight(args, run, windows, config, tokenizer, train_dataset, eval_dataset, report, record)
+    preflight(args, run, data, windows, config, tokenizer)
+
+    # 3. Windows, then the plan. One process tokenizes; the others wait, then read the same file.
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    train_dataset, eval_dataset, report, digests = make_windows(documents, tokenizer, windows, batch_size, args)
+    record = outputs.describe(
+        run.resolved, {"data": digests, "tokenizer": hasher(tokenizer.backend_tokenizer.to_str())}
+    )
+    plan(args, run, windows, config, tokenizer, train_dataset, eval_dataset, report, record)
     if run.dry_run:
         return
-    outputs.claim(args, run.push_to_hub, record)
+    outputs.claim(args, run.push_to_hub, record)  # up to here nothing is written to output_dir
 
-    # 4. Model, in fp32: bf16 is the Trainer's autocast. After TrainingArguments, so that ZeRO-3
-    #    shards it while it is built.
-    options = {"attn_implementation": model_config.attn_implementation}
-    if model_config.model_name_or_path is None:
-        model = from_scratch(config, args.seed, **options)
-    else:
-        options |= {"config": config, "revision": model_config.model_revision, "dtype": torch.float32}
-        model = AutoModelForCausalLM.from_pretrained(model_config.model_name_or_path, **options)
+    # 4. Model, in fp32: bf16 is the Trainer's autocast
+    model = load_model(model_config, config, args.seed)
 
     # 5. Trainer
     trainer = Trainer(model, args, causal_lm, train_dataset, eval_dataset, processing_class=tokenizer)

@@ -6,12 +6,14 @@
 Then set `tokenizer_name_or_path: outputs/tokenizer` in the YAML of a model. One process is enough.
 """
 
+import os
 import time
 
 from llm_recipes import outputs
 from llm_recipes.config import DataConfig, TokenizerTrainingConfig, parse
-from llm_recipes.datasets import identity, load_documents, texts
-from llm_recipes.errors import entrypoint
+from llm_recipes.datasets import fingerprint, load_documents, texts
+from llm_recipes.errors import UserError, entrypoint
+from llm_recipes.preflight import hub_problems
 from llm_recipes.tokenization import quality, train_tokenizer
 
 
@@ -20,9 +22,17 @@ def main():
     # 1. Config
     args, data = parse(TokenizerTrainingConfig, DataConfig, script=__file__)
 
-    # 2. Data, with some documents held out to measure on
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("a tokenizer is trained by one process: python recipes/tokenizer/run.py")
+
+    # 2. Data, with some documents held out to measure on, and every check
     documents = load_documents(data, args.seed)
-    record = outputs.describe(args.resolved, identity(documents))
+    record = outputs.describe(args.resolved, {"data": [fingerprint(part.train) for part in documents]})
+    problems = outputs.output_problems(args.output_dir, record) + (hub_problems(args) if args.push_to_hub else [])
+    if problems:
+        raise UserError("\n".join(problems))
+    if args.dry_run:
+        return
     outputs.claim(args, args.push_to_hub, record)
 
     # 3. Train
