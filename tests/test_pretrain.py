@@ -311,8 +311,12 @@ BAD = {
     ),
     "no model": ({"model_config": None}, "set model_config to train from scratch, or model_name_or_path"),
     "missing model": (
-        {"model_config": None, "model_name_or_path": "outputs/nowhere"},
-        "model_name_or_path: outputs/nowhere does not exist",
+        {"model_config": None, "model_name_or_path": "outputs/nowhere", "tokenizer_vocab_size": None},
+        "outputs/nowhere does not exist",
+    ),
+    "tokenizer of another": (
+        {"model_config": None, "model_name_or_path": "x"},
+        "does not fit the embeddings of model_name_or_path",
     ),
     "warm-up too long": ({"warmup_steps": 10}, "warmup_steps 10 is not below the 4 steps"),
     "reporter missing": ({"report_to": "wandb"}, "report_to: wandb is not installed"),
@@ -325,10 +329,6 @@ BAD = {
         "lr_scheduler_type cosine_with_min_lr",
     ),
     "optimizer not installed": ({"optim": "adamw_bnb_8bit"}, "optim adamw_bnb_8bit"),
-    "streaming workers": (
-        {"streaming": True, "dataloader_num_workers": 2, "tokenizer_vocab_size": None, "tokenizer_name_or_path": "tok"},
-        "tok",
-    ),
     "steps and epochs": ({"num_train_epochs": 2}, "max_steps and num_train_epochs are both set"),
     "no steps": ({"max_steps": 0}, "max_steps: 0 trains nothing"),
     "batch behind the back": ({"accelerator_config": {"split_batches": True}}, "`accelerator_config` is not taken"),
