@@ -68,7 +68,10 @@ def main():
     results = metrics.measure(trainer, eval_dataset, tokenizer, throughput, started)
     samples = outputs.sample(trainer, tokenizer, run.sample_prompts)
     if args.process_index == 0:
-        sentence = f"A {config.model_type} language model pretrained from scratch on {results['tokens']:,} tokens."
+        origin = (
+            f"continued from {model_config.model_name_or_path}" if model_config.model_name_or_path else "from scratch"
+        )
+        sentence = f"A {config.model_type} language model pretrained on {results['tokens']:,} tokens, {origin}."
         outputs.write_results(args.output_dir, record, results, sentence, samples, trainer.state.log_history)
 
     # 8. Push last: a failure there loses nothing
