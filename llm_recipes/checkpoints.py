@@ -184,9 +184,10 @@ class _Guard(TrainerCallback):
         if math.isfinite(norm) and norm >= 0:  # ZeRO reports a norm that is not finite as -1
             return
         losses = [(ids, loss) for ids, loss in self.batches if not math.isfinite(loss.item())]
-        rows = [row for ids, _ in losses or self.batches for row in ids.cpu().numpy()]
+        in_a_loss = any(gather_object([bool(losses)]))  # then only the batches with such a loss are of interest
+        rows = [row for ids, _ in (losses if in_a_loss else self.batches) for row in ids.cpu().numpy()]
         where = gather_object(locate(rows, self.trainer.train_dataset))
-        what = "the loss" if losses else "the gradient norm"
+        what = "the loss" if in_a_loss else "the gradient norm"
         raise Diverged(
             f"step {self.trainer.state.global_step + 1}: {what} is not finite; stopped before the update. "
             f"Training windows: {', '.join(map(str, where))}. Look at them, or train in another output_dir with a lower "
@@ -235,9 +236,8 @@ def protect(trainer: Trainer, after_save=None) -> None:
 
     def checked_norm(*args, **kwargs):
         norm = get_norm(*args, **kwargs)
-        if (
-            trainer.accelerator.scaler is None and not trainer.is_deepspeed_enabled
-        ):  # fp16 scaling skips such steps itself
+        scaled = trainer.accelerator.scaler is not None  # fp16: dynamic loss scaling skips such steps itself
+        if not scaled and not trainer.is_deepspeed_enabled:
             guard.check_norm(norm)
         return norm
 
@@ -266,9 +266,7 @@ def protect(trainer: Trainer, after_save=None) -> None:
             best = Path(trainer.state.best_model_checkpoint or "").name
             others = [path for path in checkpoints(args.output_dir) if path.name != best]
             for old in others[guard.keep :] if guard.keep else []:
-                (old / MANIFEST).unlink(
-                    missing_ok=True
-                )  # first: a kill here must not leave a half checkpoint that counts
+                (old / MANIFEST).unlink(missing_ok=True)  # first: half a checkpoint must not count after a kill
                 shutil.rmtree(old)
             if after_save:
                 after_save(folder)

@@ -75,7 +75,7 @@ def test_non_finite_loss_stops_before_the_update(tiny, config):
     done = launch(config, "--config", tiny(**KEYS | {"max_steps": 40, "save_steps": 1}), fault="poison_window:17")
     assert done.code != 0 and "the loss is not finite; stopped before the update" in done.err
     said = done.err.split("stopped before the update. Training windows: ")[1].split(".")[0]
-    assert "17" in said.split(", ")
+    assert "17" in said.split(", ") and len(said.split(", ")) <= 2  # the micro-batch that had it, on whichever rank
     step = int(done.err.split(": the loss is not finite")[0].split("step ")[-1])
     newest = checkpoints("out")
     assert [int(p.name[11:]) for p in newest] == list(range(step - 1, 0, -1))
