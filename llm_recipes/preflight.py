@@ -57,6 +57,11 @@ def architecture(model: ModelConfig, tokenizer) -> PreTrainedConfig:
             config = AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **keys})
         except Exception as error:  # validation errors of huggingface_hub have no common public base
             raise UserError(f"model_config: {' '.join(str(error).split())[:300]}") from error
+    heads, kv_heads = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if heads and kv_heads and heads % kv_heads:
+        raise UserError(
+            f"model_config: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
     looks_ahead = type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or looks_ahead:
         raise UserError(f"{config.model_type} is not a causal language model (or needs is_decoder: true)")

@@ -309,6 +309,10 @@ BAD = {
         {"model_config": TINY_MODEL | {"num_attention_heads": 3}},
         "not a multiple of the number of attention heads",
     ),
+    "key-value heads do not divide": (
+        {"model_config": TINY_MODEL | {"model_type": "mistral"}},
+        "2 is not a multiple of num_key_value_heads 8",
+    ),
     "no model": ({"model_config": None}, "set model_config to train from scratch, or model_name_or_path"),
     "missing model": (
         {"model_config": None, "model_name_or_path": "outputs/nowhere", "tokenizer_vocab_size": None},
