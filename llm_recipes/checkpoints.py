@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from llm_recipes import _compat
 from llm_recipes.errors import Diverged, Interrupted, UserError
 from llm_recipes.launch import asked_strategy
-from llm_recipes.metrics import meta_model
+from llm_recipes.metrics import parameter_count
 
 MANIFEST = "complete.json"
 CHECKPOINT_BYTES = (
@@ -248,7 +248,7 @@ def protect(trainer: Trainer, after_save=None) -> None:
         if previous:
             size = sum(f.stat().st_size for f in previous.rglob("*") if f.is_file())
         else:
-            size = CHECKPOINT_BYTES * sum(p.numel() for p in meta_model(trainer.model.config).parameters())
+            size = CHECKPOINT_BYTES * parameter_count(trainer.model.config)
         if (free := shutil.disk_usage(args.output_dir).free) < size:
             raise UserError(f"{folder}: needs {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; {_kept(previous)}")
         # Under the names it trains with: the resume loads by name and would leave renamed weights as they are.

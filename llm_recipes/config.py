@@ -319,7 +319,7 @@ def parse(*dataclass_types, script: str, argv: list[str] | None = None) -> tuple
     config, pairs = _arguments(argv)
     path = Path(config) if config else Path(script).resolve().parent / "config.yaml"
     from_yaml, lines = load_yaml(path)
-    given = [(f"{_relative(path)}:{lines[str(key)]}", key, value) for key, value in from_yaml.items()]
+    given = [(f"{_relative(path)}:{lines[key]}", key, value) for key, value in from_yaml.items()]
     for key, text in pairs:
         if key in [k for where, k, _ in given if where == "command line"]:
             raise UserError(f"command line: --{key} is given twice")

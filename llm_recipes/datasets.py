@@ -134,9 +134,8 @@ def load_source(source: Source, streaming: bool = False) -> Dataset | IterableDa
     theirs = source.columns.get("text", "text")
     for ours in set(source.columns) - {"text"}:
         raise UserError(f"datasets: {source.path}: columns maps `{ours}`, but only `text` is read here")
-    features = data.features or dict.fromkeys(
-        next(iter(data), {})
-    )  # some streams do not know them before the first row
+    # Some streams do not know their features before the first row.
+    features = data.features or dict.fromkeys(next(iter(data), {}))
     if theirs not in features:
         raise UserError(
             f"datasets: {source.path} has no column {theirs}; it has {', '.join(features)}. Set columns: {{text: ...}}"
@@ -193,8 +192,9 @@ class Documents(NamedTuple):
 def load_documents(data: DataConfig, seed: int, streaming: bool = False) -> list[Documents]:
     """Every source of `data`, with `eval_fraction` of its documents held out and the rest shuffled.
 
-    Of a source with a single document the end is held out. The split depends on `seed` alone, so it is the same on every rank. Streams cannot be counted or
-    shuffled: there the documents at which i * eval_fraction passes a whole number are held out, and the order stays.
+    Of a source with a single document the end is held out. The split depends on `seed` alone, so it
+    is the same on every rank. Streams cannot be counted or shuffled: there the documents at which
+    i * eval_fraction passes a whole number are held out, and the order stays.
     """
     if not data.datasets:
         raise UserError("datasets: the list is empty")
@@ -225,9 +225,7 @@ def _hold_out(documents, fraction: float, seed: int):
 
 def token_stream(documents, tokenizer, name: str, stats: dict | None = None) -> Iterator[np.ndarray]:
     """Token ids of `documents`, each followed by EOS. Text that looks like a special token stays text."""
-    tokenizer.backend_tokenizer.encode_special_tokens = True
-    tokenizer.backend_tokenizer.no_truncation()  # a tokenizer.json may carry either
-    tokenizer.backend_tokenizer.no_padding()
+    _take_text_whole(tokenizer)
     for batch in _batches(texts(documents, name)):
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         if stats is not None:
@@ -235,6 +233,13 @@ def token_stream(documents, tokenizer, name: str, stats: dict | None = None) -> 
             stats["bytes"] += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
         for encoding in encodings:
             yield np.asarray([*encoding.ids, tokenizer.eos_token_id], dtype=np.int32)
+
+
+def _take_text_whole(tokenizer) -> None:
+    """Special strings stay text, and a truncation or padding that the tokenizer.json carries does not apply."""
+    tokenizer.backend_tokenizer.encode_special_tokens = True
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
 
 
 def _batches(source: Iterator[str]) -> Iterator[list[str]]:
@@ -271,6 +276,7 @@ def tokenize(documents: Dataset, tokenizer, length: int, name: str) -> tuple[Dat
     documents, empty ones, bytes, windows, tokens, the tail of tokens that fill no window, and has
     the digest of the windows.
     """
+    _take_text_whole(tokenizer)  # before its text is hashed: a rank that finds the cache must hash the same one
     key = hasher(fingerprint(documents), tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, length)
     arrow, info = cache_dir() / f"{key}.arrow", cache_dir() / f"{key}.json"
     cache_dir().mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,10 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available() and not _flag("ACCELERATE_USE_CPU")
 
 
+def _devices() -> int:
+    return torch.accelerator.device_count() if has_accelerator() else 0
+
+
 def _flag(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1", "yes")
 
@@ -43,7 +47,7 @@ def check_launch() -> list[str]:
     """Problems of the launch itself, found before any process group exists."""
     problems = []
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    devices = torch.accelerator.device_count() if has_accelerator() else 0
+    devices = _devices()
     if devices and local > devices:
         problems.append(f"{local} processes on this machine but {devices} visible GPUs: add --num_processes {devices}")
     if devices > 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1 and not _flag("ACCELERATE_USE_DEEPSPEED"):
@@ -63,13 +67,10 @@ def check_launch() -> list[str]:
 
 def idle_devices() -> str | None:
     """A sentence when this machine has more GPUs than processes."""
-    local, devices = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        torch.accelerator.device_count() if has_accelerator() else 0,
-    )
-    return (
-        f"{devices} GPUs are visible, {local} are used: --num_processes {devices} uses all" if devices > local else None
-    )
+    local, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), _devices()
+    if devices <= local:
+        return None
+    return f"{devices} GPUs are visible, {local} are used: --num_processes {devices} uses all"
 
 
 def _compiler_problems() -> list[str]:

@@ -24,6 +24,11 @@ def meta_model(config: PreTrainedConfig) -> nn.Module:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
+def parameter_count(config: PreTrainedConfig) -> int:
+    """Parameters of the causal LM of `config`, tied ones once."""
+    return sum(p.numel() for p in meta_model(config).parameters())
+
+
 def flops_per_token(config: PreTrainedConfig, length: int) -> float:
     """Forward and backward FLOPs a token: 6 N + 12 L H Dh T (Chowdhery et al. 2022, PaLM, appendix B).
 
@@ -104,7 +109,7 @@ def measure(trainer, eval_windows, tokenizer, throughput, started: float) -> dic
     """
     args, config, steps = trainer.args, trainer.model.config, trainer.state.global_step
     results = {
-        "parameters": sum(p.numel() for p in meta_model(config).parameters()),
+        "parameters": parameter_count(config),
         "steps": steps,
         "tokens": steps * throughput.tokens_per_step,
     }

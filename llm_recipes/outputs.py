@@ -232,13 +232,10 @@ def push(args, folder: Path | None = None, message: str = "End of training", tri
     Raises PushFailed after `tries` attempts; nothing local is touched.
     """
     folder = folder or Path(args.output_dir)
-    kinds, ours = (
-        (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".png", ".yaml"),
-        ("complete.json", "trainer_state.json"),
-    )
-    names = [
-        path.name for path in folder.iterdir() if path.is_file() and path.suffix in kinds and path.name not in ours
-    ]
+    kinds = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".png", ".yaml")
+    ours = ("complete.json", "trainer_state.json")
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix in kinds]
+    names = [path.name for path in files if path.name not in ours]
     api = HfApi()
     for attempt in range(tries):
         try:

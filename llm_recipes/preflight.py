@@ -22,7 +22,7 @@ from llm_recipes.checkpoints import CHECKPOINT_BYTES
 from llm_recipes.config import DataConfig, ModelConfig, RunConfig, WindowConfig, check_local, unknown_key
 from llm_recipes.errors import UserError
 from llm_recipes.launch import asked_strategy, idle_devices, state_bytes
-from llm_recipes.metrics import meta_model
+from llm_recipes.metrics import parameter_count
 from llm_recipes.outputs import output_problems, prompt_ids, repo_id
 
 
@@ -77,7 +77,7 @@ def preflight(
     tokenizer,
 ) -> None:
     """Checks all that does not need the tokenized data. Raises UserError with every problem, one a line; nothing is written."""
-    parameters = sum(p.numel() for p in meta_model(config).parameters())
+    parameters = parameter_count(config)
     context = getattr(config, "max_position_embeddings", None) or windows.sequence_length
     problems = []
     if len(tokenizer) > config.vocab_size:
@@ -91,8 +91,8 @@ def preflight(
     for prompt in run.sample_prompts:
         if (size := len(prompt_ids(tokenizer, prompt))) >= context:
             problems.append(f"sample_prompts: {prompt[:20]!r}... has {size} tokens, the model's context is {context}")
-    if 0 < args.max_steps <= args.warmup_steps:
-        problems.append(f"warmup_steps {args.warmup_steps:g} is not below the {args.max_steps} steps of the run")
+    if args.max_steps > 0:
+        problems += _warmup_problems(args, args.max_steps)
     if args.eval_strategy != "no" and not data.eval_fraction:
         problems.append(f"eval_strategy: {args.eval_strategy.value} needs data: set eval_fraction above 0")
     if missing := set(args.report_to) - set(get_available_reporting_integrations()):
@@ -106,6 +106,12 @@ def preflight(
         problems += hub_problems(args)
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _warmup_problems(args: TrainingArguments, steps: int) -> list[str]:
+    if args.warmup_steps < steps:
+        return []
+    return [f"warmup_steps {args.warmup_steps:g} is not below the {steps} steps of the run"]
 
 
 def _optimisation_problems(args: TrainingArguments) -> list[str]:
@@ -131,9 +137,7 @@ def plan(
     """The checks that need the data, then the first screen, on rank 0: what will happen, in a dozen lines."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(train) / batch)
-    problems = output_problems(args.output_dir, record)
-    if args.warmup_steps >= steps:
-        problems.append(f"warmup_steps {args.warmup_steps:g} is not below the {steps} steps of the run")
+    problems = output_problems(args.output_dir, record) + _warmup_problems(args, steps)
     if args.world_size > 1 and any(other != record["identity"] for other in gather_object([record["identity"]])):
         problems.append("the processes do not see the same data or tokenizer: share the files between the machines")
     if problems:
@@ -141,14 +145,14 @@ def plan(
     if args.process_index != 0:
         return
 
-    parameters = sum(p.numel() for p in meta_model(config).parameters())
+    parameters = parameter_count(config)
     strategy, tokens = asked_strategy(), steps * batch * windows.sequence_length
     processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     sizes = "a stream" if windows.streaming else f"{len(train):,} windows of {windows.sequence_length} tokens"
     epochs = "" if windows.streaming else f", {steps * batch / len(train):.2f} epochs"
     example = next(iter(train if evaluation is None else evaluation))["input_ids"][:40]
-    plan = [
+    lines = [
         *(("data", line) for line in report),
         ("data", f"{sizes} to train on, {0 if evaluation is None else len(evaluation):,} windows held out"),
         ("tokenizer", f"{len(tokenizer):,} ids, documents end with {tokenizer.eos_token}"),
@@ -172,7 +176,7 @@ def plan(
         ("hub", f"will push to {repo_id(args)}" if run.push_to_hub else None),
         ("example", repr(tokenizer.decode(example))),
     ]
-    for label, text in plan:
+    for label, text in lines:
         if text:
             print(f"{label:<10} {text}", flush=True)
 

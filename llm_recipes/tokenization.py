@@ -73,9 +73,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of `config`: loaded, or trained on the train documents and kept in the cache.
 
-    A model that is continued brings its own.
-
-    As in `datasets.tokenize`, one process trains while the others wait at a file lock.
+    A model that is continued brings its own. As in `datasets.tokenize`, one process trains while the others wait at a file lock.
     """
     if model_name_or_path and config.tokenizer_vocab_size is not None:
         raise UserError(

@@ -294,6 +294,18 @@ def test_truncation_in_a_tokenizer_file_does_not_cut_documents(tokenizer):
     assert np.array_equal(np.concatenate(list(token_stream(documents, other, "t"))), whole)
 
 
+def test_a_cached_tokenization_leaves_the_same_tokenizer_behind(tokenizer):
+    """The rank, or the start, that only reads the cache must see the same tokenizer identity as the one that made it."""
+    documents = Dataset.from_dict({"text": ["a dog runs " * 20]})
+    texts, caches = [], []
+    for _ in range(2):
+        truncating = copy.deepcopy(tokenizer)
+        truncating.backend_tokenizer.enable_truncation(8)
+        caches.append(tokenize(documents, truncating, 8, "t")[0].cache_files)
+        texts.append(truncating.backend_tokenizer.to_str())
+    assert texts[0] == texts[1] and caches[0] == caches[1]
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.4, 0.7])
 def test_streams_hold_out_the_share_asked_for(tmp_path, fraction):
     source = Source(str(write_texts(tmp_path / "a.jsonl", rows=100)))
