@@ -1,6 +1,10 @@
 """Private names of other libraries, all of them, so that an upgrade breaks here and in one test."""
 
+import math
+
+import torch
 from datasets import Dataset
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -19,7 +23,7 @@ def set_methods(trainer, save, get_norm) -> None:
 
 
 def hook_deepspeed_norm(trainer, check) -> None:
-    """Calls `check(norm)` inside DeepSpeed's step, after the norm is known and before the update.
+    """Calls `check(norm)` inside DeepSpeed's step, after the whole norm is known and before the update.
 
     The Trainer learns the norm only after DeepSpeed has stepped. Nothing under another strategy,
     nor with fp16, where dynamic loss scaling skips such steps itself.
@@ -33,8 +37,8 @@ def hook_deepspeed_norm(trainer, check) -> None:
 
     def checked(*args, **kwargs):
         norms = original(*args, **kwargs)
-        for norm in norms if isinstance(norms, list) else [norms]:
-            check(norm)
+        parts = [float(norm) for norm in (norms if isinstance(norms, list) else [norms])]  # one a parameter group
+        check(-1.0 if min(parts) < 0 else math.hypot(*parts))  # -1 stands for a norm that is not finite
         return norms
 
     setattr(optimizer, name, checked)
@@ -43,3 +47,23 @@ def hook_deepspeed_norm(trainer, check) -> None:
 def load_best_model(trainer) -> None:
     """What the Trainer does at the end of training for load_best_model_at_end."""
     trainer._load_best_model()
+
+
+def set_sync_gradients(accelerator, sync: bool) -> None:
+    """Says whether the coming backward is the last of its step; DeepSpeed steps inside that one."""
+    accelerator.gradient_state._set_sync_gradients(sync)
+
+
+def honours_found_inf(optimizer) -> bool:
+    """True when the optimizer leaves an update out, on the device, where its `found_inf` is 1: ours, and fused Adam(W).
+
+    Others refuse the attribute or ignore it; fused SGD starts from an uninitialised momentum after a first step left out.
+    """
+    fused_adam = isinstance(optimizer, torch.optim.Adam) and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return fused_adam or getattr(optimizer, "honours_found_inf", False)
+
+
+def takes_any_attention(config) -> bool:
+    """True when the causal LM of `config` calls whatever is registered as its attention, SDPA included."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return kind._supports_sdpa and kind._supports_attention_backend

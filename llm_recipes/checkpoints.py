@@ -8,24 +8,23 @@ before the update when the gradient is not finite. Why, with measurements: docs/
 
 import functools
 import json
-import math
 import os
 import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
 import torch
 import xxhash
-from accelerate.utils import broadcast_object_list, gather_object
-from datasets import Dataset
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llm_recipes import _compat
+from llm_recipes.config import SpikeGuard
 from llm_recipes.errors import Diverged, Interrupted, UserError
 from llm_recipes.launch import asked_strategy
 from llm_recipes.metrics import parameter_count
+from llm_recipes.stability import Rollback, Watch
 
 MANIFEST = "complete.json"
 CHECKPOINT_BYTES = (
@@ -144,104 +143,88 @@ class _AlreadyTrained(Exception):
 
 
 class _Guard(TrainerCallback):
-    """State that the wrapped methods share, and the two events they need."""
+    """State that the wrapped methods share, and the events they need."""
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self.signal, self.stopping, self.batches, self.handlers = trainer, None, False, [], {}
+        self.trainer, self.signal, self.stopping, self.group, self.handlers = trainer, None, False, None, {}
         self.keep, trainer.args.save_total_limit = trainer.args.save_total_limit, None  # the library rotates too early
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # a resume brings back the old logging, saving and evaluation steps
         if state.global_step >= state.max_steps:
             raise _AlreadyTrained
-        _compat.hook_deepspeed_norm(self.trainer, self.check_norm)
+        if args.world_size > 1 and self.group is None:
+            self.group = torch.distributed.new_group(backend="gloo")  # agrees on the host, the device goes on
+        _compat.hook_deepspeed_norm(self.trainer, self.watch.judge)
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.handlers[number] = signal.signal(number, self._on_signal)
+            self.handlers.setdefault(number, signal.signal(number, self._on_signal))
 
     def _on_signal(self, number, frame):
         self.signal = number
         signal.signal(number, self.handlers[number])  # a second one acts at once
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.batches.clear()
-
     def on_step_end(self, args, state, control, **kwargs):
         asked = self.signal is not None
         if args.world_size > 1:  # one rank may have the signal alone; they must leave at the same step
-            flag = torch.tensor([asked], dtype=torch.int32, device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            flag = torch.tensor([asked], dtype=torch.int32)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.group)
             asked = bool(flag.item())
         if asked:
             self.stopping = control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.trainer.is_in_train:
+            self.watch.check()
 
     def on_train_end(self, args, state, control, **kwargs):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def check_norm(self, norm) -> None:
-        """Raises Diverged on all ranks, with the windows whose loss is not finite."""
-        norm = float(norm)
-        if math.isfinite(norm) and norm >= 0:  # ZeRO reports a norm that is not finite as -1
-            return
-        losses = [(ids, loss) for ids, loss in self.batches if not math.isfinite(loss.item())]
-        in_a_loss = any(gather_object([bool(losses)]))  # then only the batches with such a loss are of interest
-        rows = [row for ids, _ in (losses if in_a_loss else self.batches) for row in ids.cpu().numpy()]
-        where = gather_object(locate(rows, self.trainer.train_dataset))
-        what = "the loss" if in_a_loss else "the gradient norm"
-        raise Diverged(
-            f"step {self.trainer.state.global_step + 1}: {what} is not finite; stopped before the update. "
-            f"Training windows: {', '.join(map(str, where))}. Look at them, or train in another output_dir with a lower "
-            "learning_rate; model_name_or_path: <the last checkpoint> keeps what is learnt"
-        )
 
-
-def locate(rows: list[np.ndarray], dataset) -> list:
-    """Indices of `rows`, each `(T,)`, in a dataset of windows; for a stream the rows' first ids."""
-    if not isinstance(dataset, Dataset):
-        return [f"[{' '.join(map(str, row[:8]))} ...]" for row in rows]
-    wanted, found, start = {row.astype(np.int64).tobytes() for row in rows}, [], 0
-    for batch in dataset.with_format("numpy").iter(1000):
-        found += [start + i for i, row in enumerate(batch["input_ids"]) if row.astype(np.int64).tobytes() in wanted]
-        start += len(batch["input_ids"])
-    return found
-
-
-def protect(trainer: Trainer, after_save=None) -> None:
+def protect(trainer: Trainer, after_save=None, spike_guard: SpikeGuard | None = None, windows=None) -> Watch:
     """Makes `trainer` save, stop and resume as this module promises. Call it once, before `train`.
 
-    `after_save(folder)` runs on rank 0 after each committed checkpoint.
+    `after_save(folder)` runs on rank 0 after each committed checkpoint. `windows` is the pair
+    (Examples, Batches) that the trainer trains on, if it does: then no step waits for the device.
     """
     guard = _Guard(trainer)
     trainer.callback_handler.callbacks.insert(0, guard)
     train, compute_loss = trainer.train, trainer.compute_loss
     save, get_norm = _compat.methods(trainer)
+    guard.watch = watch = Watch(trainer, spike_guard, windows)
 
-    def guarded_train(*args, **kwargs):
-        try:
-            result = train(*args, **kwargs)
-        except _AlreadyTrained:
-            trainer.is_in_train = False
-            if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-                _compat.load_best_model(trainer)
-            return None
+    def guarded_train(resume_from_checkpoint=None, **kwargs):
+        while True:
+            watch.load(resume_from_checkpoint)
+            try:
+                result = train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                break
+            except _AlreadyTrained:
+                trainer.is_in_train = False
+                if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+                    _compat.load_best_model(trainer)
+                return None
+            except Rollback as spike:
+                resume_from_checkpoint = _roll_back(trainer, spike, windows[1], spike_guard.max_rollbacks)
         if guard.stopping:  # save_strategy: best took the request to save back
             committed_save(trainer.model, None)
         return result
 
     def recorded_loss(model, inputs, *args, **kwargs):
         result = compute_loss(model, inputs, *args, **kwargs)
-        if model.training:
-            guard.batches.append((inputs["input_ids"], (result[0] if isinstance(result, tuple) else result).detach()))
+        if model.training and trainer.accelerator.scaler is None:
+            watch.record(inputs["input_ids"], result[0] if isinstance(result, tuple) else result)
         return result
 
     def checked_norm(*args, **kwargs):
         norm = get_norm(*args, **kwargs)
-        scaled = trainer.accelerator.scaler is not None  # fp16: dynamic loss scaling skips such steps itself
-        if not scaled and not trainer.is_deepspeed_enabled:
-            guard.check_norm(norm)
+        # fp16: dynamic loss scaling leaves such steps out itself; DeepSpeed asks through its hook
+        if trainer.accelerator.scaler is None and not trainer.is_deepspeed_enabled:
+            watch.judge(norm)
         return norm
 
     def committed_save(model, trial):
+        watch.check()
         args, step = trainer.args, trainer.state.global_step
         folder = Path(args.output_dir) / f"checkpoint-{step}"
         previous = next(iter(checkpoints(args.output_dir)), None)
@@ -255,6 +238,7 @@ def protect(trainer: Trainer, after_save=None) -> None:
         trainer.model.save_pretrained = functools.partial(trainer.model.save_pretrained, save_original_format=False)
         try:
             save(model, trial)
+            watch.save(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise UserError(f"{folder} could not be written: {error}; {_kept(previous)}") from error
@@ -277,6 +261,25 @@ def protect(trainer: Trainer, after_save=None) -> None:
 
     trainer.train, trainer.compute_loss = guarded_train, recorded_loss
     _compat.set_methods(trainer, committed_save, checked_norm)
+    return watch
+
+
+def _roll_back(trainer: Trainer, spike: Rollback, batches, limit: int) -> str:
+    """The newest checkpoint, with the batch of the spike left out from now on. Raises Diverged when that was the last try."""
+    found = next(iter(checkpoints(trainer.args.output_dir)), None)
+    if len(batches.left_out) >= limit or found is None:
+        why = f"after {limit} rollbacks" if found else "and there is no checkpoint to go back to"
+        raise Diverged(f"{spike}, {why}: stopped before the update")
+    number = batches.leave_out(spike.step)
+    if trainer.args.process_index == 0:
+        print(
+            f"{spike}; back to {found.name}, batch {number} is left out ({len(batches.left_out)} of {limit})",
+            flush=True,
+        )
+    # built anew by train: they hold what came after the checkpoint
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.model_wrapped = trainer.model
+    return str(found)
 
 
 def _kept(previous: Path | None) -> str:

@@ -98,6 +98,64 @@ class ModelConfig:
 
 
 @dataclass
+class ObjectiveConfig:
+    objective: typing.Literal["causal", "prefix", "masked", "span_corruption"] = field(
+        default="causal",
+        metadata={
+            "help": "causal: next token. prefix: a bidirectional prefix, loss on the rest. masked: BERT, an encoder. "
+            "span_corruption: T5, an encoder-decoder."
+        },
+    )
+    noise_density: float = field(
+        default=0.15, metadata={"help": "Share of the tokens to predict, of masked and span_corruption."}
+    )
+    mean_span_length: float = field(default=3.0, metadata={"help": "Tokens a span, of span_corruption."})
+    isolate_documents: bool = field(
+        default=False, metadata={"help": "Keep attention and positions inside each document of a window."}
+    )
+    z_loss: float = field(
+        default=0.0, metadata={"help": "Weight of the squared log-normaliser in the loss; 1e-4 in PaLM."}
+    )
+
+
+@dataclass
+class Ramp:
+    """`batch_size_ramp`: the global batch starts at `start` and grows by `factor` every `steps` steps."""
+
+    start: int
+    steps: int
+    factor: int = 2
+
+
+@dataclass
+class SpikeGuard:
+    """`spike_guard`: a loss or gradient norm more than `z` deviations above the mean of the last `window` steps."""
+
+    window: int = 128
+    z: float = 6.0
+    action: typing.Literal["warn", "skip", "rollback"] = "warn"
+    max_rollbacks: int = 3
+
+
+@dataclass
+class OptimizationConfig:
+    """What TrainingArguments do not offer."""
+
+    optimizer: typing.Literal["adam", "lion", "muon"] | None = field(
+        default=None, metadata={"help": "An optimizer that `optim` does not know; takes optim_args too."}
+    )
+    batch_size_ramp: Ramp | None = field(
+        default=None, metadata={"help": "start, steps, factor: the batch grows from start to global_batch_size."}
+    )
+    spike_guard: SpikeGuard | None = field(
+        default=None, metadata={"help": "window, z, action (warn, skip, rollback), max_rollbacks."}
+    )
+    monitor: list[typing.Literal["activations", "gradients", "updates"]] = field(
+        default_factory=list, metadata={"help": "Logged per layer at logging steps; for unsharded models."}
+    )
+
+
+@dataclass
 class RunConfig:
     global_batch_size: int | None = field(
         default=None,
@@ -209,6 +267,8 @@ def cast(value, hint, choices=None):
     if value is None and type(None) in members:
         return None
     for kind in members:
+        if dataclasses.is_dataclass(kind):
+            return cast(value, kind)
         if isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(value, str):
             choices = [member.value for member in kind]
         elif typing.get_origin(kind) is typing.Literal:

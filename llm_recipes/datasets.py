@@ -2,7 +2,7 @@
 
 A *document* is one row of text. A *window* is `sequence_length` consecutive tokens of the stream
 `doc EOS doc EOS ...`; nothing is lost at batch borders, only the tail of a source shorter than one
-window. Documents are shuffled before they are packed, windows again by the Trainer.
+window. Documents are shuffled before they are packed, windows again in every epoch.
 
 The meaning of `weight`: the source's share of the tokens of the final mixture. Sources are never
 repeated; the mixture is as large as the scarcest source allows. Without weights everything is used.
@@ -364,8 +364,8 @@ def make_windows(
 
     `report` is a list of sentences for the first screen, `digests` tells the training data of two runs apart.
 
-    Both sets are cut to whole batches of `batch_size`, and the evaluation's micro-batch to a divisor
-    of it: then every world size sees the same batches, and the mean of the losses is exact.
+    The held-out set is cut to whole batches of `batch_size`, and its micro-batch to a divisor of it:
+    then every world size sees the same batches, and the mean of the losses is exact.
     """
     length, report, digests, trains, evals = windows.sequence_length, [], [], [], []
     if windows.streaming:
@@ -399,22 +399,25 @@ def make_windows(
     if evals:
         args.per_device_eval_batch_size = micro_batch(batch_size // args.world_size, args.per_device_eval_batch_size)
         whole = concatenate_datasets([part for part in evals if len(part)] or evals)
-        evaluation = _whole_batches(whole, batch_size, "held-out", report, args.seed).with_format("numpy")
+        evaluation = _whole_batches(whole, batch_size, report, args.seed).with_format("numpy")
     if windows.streaming:
         return stream, evaluation, report, digests
     train, taken = mix(trains, [part.source.weight for part in documents], args.seed)
     for part, cut, used in zip(documents, trains, taken, strict=True):
         if used < len(cut):
             report.append(f"{part.source.path}: {used:,} of {len(cut):,} windows used, to keep the weights")
-    return _whole_batches(train, batch_size, "training", report, args.seed), evaluation, report, digests
+    if len(train) < batch_size:
+        raise UserError(f"datasets: {len(train)} training windows, fewer than one batch of {batch_size}")
+    return train, evaluation, report, digests
 
 
-def _whole_batches(cut: Dataset, batch_size: int, what: str, report: list[str], seed: int) -> Dataset:
+def _whole_batches(cut: Dataset, batch_size: int, report: list[str], seed: int) -> Dataset:
     rest = len(cut) % batch_size
     if rest == len(cut):
-        more = ": raise eval_fraction" if what == "held-out" else ""
-        raise UserError(f"datasets: {len(cut)} {what} windows, fewer than one batch of {batch_size}{more}")
+        raise UserError(
+            f"datasets: {len(cut)} held-out windows, fewer than one batch of {batch_size}: raise eval_fraction"
+        )
     if rest:
-        report.append(f"{rest} of {len(cut):,} {what} windows left out, so that all batches are full")
+        report.append(f"{rest} of {len(cut):,} held-out windows left out, so that all batches are full")
         cut = cut.shuffle(seed=seed)  # or the last source would lose them all
     return cut.select(range(len(cut) - rest))

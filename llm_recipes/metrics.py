@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -19,31 +20,54 @@ PEAK_TFLOPS = {
 
 
 def meta_model(config: PreTrainedConfig) -> nn.Module:
-    """The causal LM of `config` without memory, whatever the launched strategy does to real models."""
+    """The model of `config` without memory, whatever the launched strategy does to real models.
+
+    Of its class in `architectures`, or else the causal LM.
+    """
+    name = (config.architectures or [None])[0]
+    kind = getattr(transformers, name) if name else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        return kind(config)
 
 
 def parameter_count(config: PreTrainedConfig) -> int:
-    """Parameters of the causal LM of `config`, tied ones once."""
+    """Parameters of the model of `config`, tied ones once."""
     return sum(p.numel() for p in meta_model(config).parameters())
 
 
-def flops_per_token(config: PreTrainedConfig, length: int) -> float:
-    """Forward and backward FLOPs a token: 6 N + 12 L H Dh T (Chowdhery et al. 2022, PaLM, appendix B).
+def flops_per_example(config: PreTrainedConfig, length: int, targets: int | None = None) -> float:
+    """Forward and backward FLOPs of `length` tokens: 6 N T + 12 L H Dh T^2 (Chowdhery et al. 2022, PaLM, appendix B).
 
     N counts the weights of all matrix products, the output head included even when it is tied, and
     of a mixture of experts those that a token passes;
     embeddings looked up, norms and biases are not counted. Causal attention is not halved and
-    recomputation is not counted.
+    recomputation is not counted. An encoder-decoder reads `length` tokens and writes `targets`: its
+    encoder and the keys and values of its cross-attention see the former, all else the latter.
     """
     model = meta_model(config)
-    matmul = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    read = write = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            if "encoder" in name.split(".") or re.search(r"(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj)$", name):
+                read += module.weight.numel()
+            else:
+                write += module.weight.numel()
     experts = sum(p[0].numel() for name, p in model.named_parameters() if "experts" in name and p.ndim == 3)
-    matmul += experts * (getattr(config, "num_experts_per_tok", None) or 0)
+    write += experts * (getattr(config, "num_experts_per_tok", None) or 0)
     heads = getattr(config, "num_attention_heads", 0)  # a state-space model has none
-    head_dim = heads and (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 6 * matmul + 12 * config.num_hidden_layers * heads * head_dim * length
+    head_dim = heads and (
+        getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+    )
+    if config.is_encoder_decoder:
+        decoders = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+        pairs = config.num_hidden_layers * length**2 + decoders * (targets**2 + targets * length)
+        return 6 * (read * length + write * targets) + 12 * heads * head_dim * pairs
+    return 6 * (read + write) * length + 12 * config.num_hidden_layers * heads * head_dim * length**2
+
+
+def flops_per_token(config: PreTrainedConfig, length: int) -> float:
+    """`flops_per_example` of a decoder or an encoder, divided by its tokens."""
+    return flops_per_example(config, length) / length
 
 
 def peak_flops() -> float | None:
@@ -93,49 +117,52 @@ def bits_per_byte(nats_per_token: float, windows, tokenizer) -> float:
     return nats_per_token * targets / math.log(2) / size
 
 
-def unigram_entropy(windows) -> float:
-    """Nats a token of the best predictor that ignores all context: what a model must beat."""
-    counts = np.bincount(np.concatenate([np.asarray(batch["input_ids"]).reshape(-1) for batch in windows.iter(1000)]))
+def unigram_entropy(examples) -> float:
+    """Nats a target of the best predictor that ignores all context: what a model must beat."""
+    counts = np.zeros(0, dtype=np.int64)
+    for start in range(0, len(examples), 1000):
+        rows = examples.__getitems__(list(range(start, min(start + 1000, len(examples)))))
+        found = np.bincount(np.concatenate([row["labels"][row["labels"] >= 0] for row in rows]))
+        counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
+        counts[: len(found)] += found
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log(share)).sum())
 
 
-def measure(trainer, eval_windows, tokenizer, throughput, started: float) -> dict:
-    """Figures of a finished run, for metrics.json; every rank takes part.
+def measure(trainer, objective: str, eval_examples, tokenizer, throughput, flops: float, started: float) -> dict:
+    """Figures of a finished run, for metrics.json; every rank takes part. `flops` is that of one token read.
 
     `tokens_per_second` is the steady state, `end_to_end_tokens_per_second` divides by all the time
-    since `started`. `mfu` compares with the GPU's data sheet; where there is none,
-    `fraction_of_matmul_rate` compares with what square matrix products reach here and now.
+    since `started`. `mfu` compares with the GPU's data sheet, "n/a" for one that is not in the
+    table; without a GPU `fraction_of_matmul_rate` compares with what square matrix products reach
+    here and now. Bits a byte are those of a causal model, whose targets cover all of the text.
     """
     args, config, steps = trainer.args, trainer.model.config, trainer.state.global_step
     results = {
         "parameters": parameter_count(config),
         "steps": steps,
-        "tokens": steps * throughput.tokens_per_step,
+        "tokens": throughput.tokens_until(steps),
     }
-    if eval_windows is not None:
+    if eval_examples is not None:
         logged = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row and row["step"] == steps]
         same = logged and not args.load_best_model_at_end  # then the weights are those of another step
         loss = logged[-1] if same else trainer.evaluate()["eval_loss"]
-        results |= {
-            "eval_loss": loss,
-            "perplexity": math.exp(min(loss, 700)),
-            "bits_per_byte": bits_per_byte(loss, eval_windows, tokenizer),
-        }
-        results["unigram_entropy"] = unigram_entropy(eval_windows)
+        results |= {"eval_loss": loss, "perplexity": math.exp(min(loss, 700))}
+        if objective == "causal":
+            results["bits_per_byte"] = bits_per_byte(loss, eval_examples.windows, tokenizer)
+        results["unigram_entropy"] = unigram_entropy(eval_examples)
     if (rate := throughput.tokens_per_second()) is not None:
-        length = throughput.tokens_per_step // trainer.get_total_train_batch_size(args)
-        flops = rate * flops_per_token(config, length)
         seconds = time.perf_counter() - started
         results |= {
             "tokens_per_second": rate,
             "end_to_end_tokens_per_second": throughput.session_tokens / seconds,
             "seconds": seconds,
+            "model_flops_per_second": rate * flops,
         }
-        results["model_flops_per_second"] = flops
         if args.device.type == "cpu":  # all ranks at once, as in training
             matmul = torch.tensor([measured_flops(args.device)], dtype=torch.float64)
-            results["fraction_of_matmul_rate"] = flops / trainer.accelerator.reduce(matmul, "sum").item()
-        elif (peak := peak_flops()) is not None:
-            results["mfu"] = flops / (peak * args.world_size)
+            results["fraction_of_matmul_rate"] = rate * flops / trainer.accelerator.reduce(matmul, "sum").item()
+        else:
+            peak = peak_flops()
+            results["mfu"] = rate * flops / (peak * args.world_size) if peak else "n/a"
     return results

@@ -1,37 +1,67 @@
 """Models to train: from scratch, the same under every strategy, or continued, and then whole."""
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from llm_recipes.config import ModelConfig
+from llm_recipes import _compat
+from llm_recipes.config import ModelConfig, ObjectiveConfig
 from llm_recipes.errors import UserError
+from llm_recipes.objectives import architecture_for
+
+# SDPA without the mask code of transformers. For unpadded causal windows there is nothing to mask beyond `is_causal`,
+# yet that code looks at position ids on every forward (the host waits for the device), and under torch.compile, where
+# it cannot look, builds a (B, 1, T, T) mask that turns FlashAttention off.
+AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
 
 
-def load_model(model: ModelConfig, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """The causal LM of `config` in fp32: fresh, or with the weights of `model_name_or_path`.
+def attention(model: ModelConfig, config: PreTrainedConfig, objective: ObjectiveConfig, length: int) -> str | None:
+    """The attention implementation to train with: `attn_implementation`, or "sdpa_causal" where that is the same function."""
+    plain = objective.objective == "causal" and not objective.isolate_documents
+    whole = (getattr(config, "sliding_window", None) or length) >= length and not hasattr(
+        config, "attention_chunk_size"
+    )
+    if model.attn_implementation in (None, "sdpa") and plain and whole and _compat.takes_any_attention(config):
+        return "sdpa_causal"
+    return model.attn_implementation
+
+
+def load_model(
+    model: ModelConfig, config: PreTrainedConfig, objective: ObjectiveConfig, length: int, seed: int
+) -> PreTrainedModel:
+    """The model of `config` for `objective` in fp32: fresh, or with the weights of `model_name_or_path`.
 
     Call it after TrainingArguments exist, so that ZeRO-3 shards the model while it is built.
     Raises UserError when the stored weights do not cover the model.
     """
-    options = {"attn_implementation": model.attn_implementation}
+    _, auto = architecture_for(objective.objective)
+    options = {"attn_implementation": attention(model, config, objective, length)}
     if model.model_name_or_path is None:
-        return from_scratch(config, seed, **options)
+        return _ready(from_scratch(config, seed, auto, **options))
     options |= {
         "config": config,
         "revision": model.model_revision or "main",
         "dtype": torch.float32,
         "output_loading_info": True,
     }
-    loaded, info = AutoModelForCausalLM.from_pretrained(config.name_or_path, **options)
+    loaded, info = auto.from_pretrained(config.name_or_path, **options)
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(f"model_name_or_path: {model.model_name_or_path} has no weights for {missing}")
-    return loaded
+    return _ready(loaded)
 
 
-def from_scratch(config: PreTrainedConfig, seed: int, **options) -> PreTrainedModel:
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    if (
+        model.loss_type is None
+    ):  # GPT-2 and others: the Trainer would take its labels for unshifted and count one too many
+        model.loss_type = "ForCausalLM"
+    return model
+
+
+def from_scratch(config: PreTrainedConfig, seed: int, auto=AutoModelForCausalLM, **options) -> PreTrainedModel:
     """Fresh fp32 weights that depend on `seed` alone.
 
     The library draws in another order under ZeRO-3 than elsewhere, so one seed gave two models.
@@ -39,8 +69,8 @@ def from_scratch(config: PreTrainedConfig, seed: int, **options) -> PreTrainedMo
     """
     set_seed(seed)
     if is_deepspeed_zero3_enabled():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+        return auto.from_config(config, dtype=torch.float32, **options)
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+        model = auto.from_config(config, dtype=torch.float32, **options)
     model.init_weights()
     return model

@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 import yaml
 from huggingface_hub import HfApi, ModelCardData
 from safetensors import safe_open
@@ -152,28 +151,6 @@ def save_model(trainer: Trainer) -> None:
             raise RecipeExit(f"{folder}: the saved weights are not whole: {found:,} of {expected:,} numbers")
 
 
-def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt as the beginning of a document: an EOS ended the one before it."""
-    return [tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-
-
-def sample(trainer: Trainer, tokenizer, prompts: list[str], new_tokens: int = 80) -> list[str]:
-    """Prompt and continuation for each prompt, drawn at temperature 0.7 from the top 40; every rank takes part."""
-    texts = []
-    trainer.model.eval()
-    torch.manual_seed(trainer.args.seed)
-    for prompt in prompts:
-        ids = prompt_ids(tokenizer, prompt)
-        inputs = torch.tensor([ids], device=trainer.args.device)
-        room = getattr(trainer.model.config, "max_position_embeddings", len(ids) + new_tokens) - len(ids)
-        out = trainer.model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=min(new_tokens, room), do_sample=True, temperature=0.7,
-            top_k=40, use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-        texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
-    return texts
-
-
 def write_results(
     output_dir: str, record: dict, metrics: dict, sentence: str, samples: list[str] = (), history: list[dict] = ()
 ) -> None:
@@ -188,7 +165,10 @@ def write_results(
         library_name="transformers", pipeline_tag="text-generation" if history else None, tags=["llm-recipes"],
         datasets=[path for path in sources if path.count("/") == 1 and not Path(path).exists()] or None,
     )  # fmt: skip
-    shown = {key: f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" for key, value in metrics.items()}
+    shown = {
+        key: f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        for key, value in metrics.items()
+    }
     body = [f"# {folder.resolve().name}", sentence, "Settings, versions and data fingerprints: `run.yaml`."]
     body += ["![loss](loss.png)"] if history else []
     body += [

@@ -1,14 +1,12 @@
 """The checks of every start, all problems at once, and the first screen, which says what will happen."""
 
 import dataclasses
-import math
 
 import torch
 from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     PreTrainedConfig,
@@ -18,19 +16,35 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
+from llm_recipes.batches import Batches
 from llm_recipes.checkpoints import CHECKPOINT_BYTES
-from llm_recipes.config import DataConfig, ModelConfig, RunConfig, WindowConfig, check_local, unknown_key
+from llm_recipes.config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizationConfig,
+    RunConfig,
+    WindowConfig,
+    check_local,
+    unknown_key,
+)  # fmt: skip
 from llm_recipes.errors import UserError
 from llm_recipes.launch import asked_strategy, idle_devices, state_bytes
-from llm_recipes.metrics import parameter_count
-from llm_recipes.outputs import output_problems, prompt_ids, repo_id
+from llm_recipes.metrics import meta_model, parameter_count
+from llm_recipes.monitor import monitor_problems
+from llm_recipes.objectives import architecture_for, check_isolation, check_prefix, objective_problems
+from llm_recipes.optimizers import optimizer_problems, own_optimizer
+from llm_recipes.outputs import output_problems, repo_id
+from llm_recipes.sampling import prompt_problems
+from llm_recipes.stability import spike_guard_problems
 
 
-def architecture(model: ModelConfig, tokenizer) -> PreTrainedConfig:
+def architecture(model: ModelConfig, tokenizer, objective: str = "causal") -> PreTrainedConfig:
     """The model's configuration: `model_config` for a model from scratch, or that of `model_name_or_path`.
 
-    From scratch, vocabulary and special ids come from the tokenizer unless given. Raises UserError
-    for a key the architecture does not have, for values it refuses, and for models that look ahead.
+    From scratch, vocabulary and special ids come from the tokenizer unless given. `architectures`
+    names the class that `objective` trains. Raises UserError for a key the architecture does not
+    have, for values it refuses, and for models that do not fit the objective.
     """
     if (model.model_config is None) == (model.model_name_or_path is None):
         raise UserError("set model_config to train from scratch, or model_name_or_path to continue")
@@ -54,6 +68,8 @@ def architecture(model: ModelConfig, tokenizer) -> PreTrainedConfig:
                 "eos_token_id": tokenizer.eos_token_id,
                 "pad_token_id": tokenizer.pad_token_id,
             }
+            if "decoder_start_token_id" in names:
+                ids["decoder_start_token_id"] = tokenizer.pad_token_id
             config = AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **keys})
         except Exception as error:  # validation errors of huggingface_hub have no common public base
             raise UserError(f"model_config: {' '.join(str(error).split())[:300]}") from error
@@ -62,20 +78,22 @@ def architecture(model: ModelConfig, tokenizer) -> PreTrainedConfig:
         raise UserError(
             f"model_config: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
+    classes, _ = architecture_for(objective)
     looks_ahead = type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or looks_ahead:
-        raise UserError(f"{config.model_type} is not a causal language model (or needs is_decoder: true)")
+    if type(config) not in classes or (objective in ("causal", "prefix") and looks_ahead):
+        needed = {
+            "masked": "an encoder such as bert or modernbert",
+            "span_corruption": "an encoder-decoder such as t5",
+        }.get(objective, "a causal language model (an encoder needs is_decoder: true)")
+        raise UserError(f"{config.model_type} does not fit objective {objective}, which trains {needed}")
+    config.architectures = [classes[type(config)].__name__]
     return config
 
 
 def preflight(
-    args: TrainingArguments,
-    run: RunConfig,
-    data: DataConfig,
-    windows: WindowConfig,
-    config: PreTrainedConfig,
-    tokenizer,
-) -> None:
+    args: TrainingArguments, run: RunConfig, data: DataConfig, windows: WindowConfig, objective: ObjectiveConfig,
+    optimization: OptimizationConfig, model: ModelConfig, config: PreTrainedConfig, tokenizer,
+) -> None:  # fmt: skip
     """Checks all that does not need the tokenized data. Raises UserError with every problem, one a line; nothing is written."""
     parameters = parameter_count(config)
     context = getattr(config, "max_position_embeddings", None) or windows.sequence_length
@@ -88,9 +106,8 @@ def preflight(
         problems.append(
             f"sequence_length {windows.sequence_length} is longer than the model's max_position_embeddings {context}"
         )
-    for prompt in run.sample_prompts:
-        if (size := len(prompt_ids(tokenizer, prompt))) >= context:
-            problems.append(f"sample_prompts: {prompt[:20]!r}... has {size} tokens, the model's context is {context}")
+    problems += prompt_problems(tokenizer, run.sample_prompts, objective.objective, context)
+    problems += objective_problems(objective)
     if args.max_steps > 0:
         problems += _warmup_problems(args, args.max_steps)
     if args.eval_strategy != "no" and not data.eval_fraction:
@@ -99,13 +116,24 @@ def preflight(
         problems.append(f"report_to: {', '.join(sorted(missing))} is not installed: pip install -e '.[track]'")
     if args.hub_strategy not in ("end", "every_save"):
         problems.append(f"hub_strategy: {args.hub_strategy.value} is not supported: use end or every_save")
-    problems += _optimisation_problems(args)
+    strategy = asked_strategy()
+    problems += _optimisation_problems(args, optimization.optimizer, config)
+    problems += spike_guard_problems(optimization.spike_guard, args, strategy, windows.streaming)
+    problems += monitor_problems(optimization.monitor, strategy, args)
+    if optimization.batch_size_ramp and windows.streaming:
+        problems.append("batch_size_ramp: a stream is cut into equal batches: set streaming: false")
+    if args.fp16 and args.device.type == "cpu":
+        problems.append("fp16 needs a GPU: use bf16: true, or neither for fp32")
     kept = 0 if args.save_strategy == "no" else min(args.save_total_limit or 10, 10)
     problems += output_problems(args.output_dir, None, needed=parameters * (4 + CHECKPOINT_BYTES * kept))
     if run.push_to_hub and args.process_index == 0:
         problems += hub_problems(args)
     if problems:
         raise UserError("\n".join(problems))
+    if objective.isolate_documents:
+        check_isolation(config, model.attn_implementation)
+    if objective.objective == "prefix":
+        check_prefix(config, model.attn_implementation, windows.sequence_length)
 
 
 def _warmup_problems(args: TrainingArguments, steps: int) -> list[str]:
@@ -114,29 +142,34 @@ def _warmup_problems(args: TrainingArguments, steps: int) -> list[str]:
     return [f"warmup_steps {args.warmup_steps:g} is not below the {steps} steps of the run"]
 
 
-def _optimisation_problems(args: TrainingArguments) -> list[str]:
+def _optimisation_problems(args: TrainingArguments, name: str | None, config: PreTrainedConfig) -> list[str]:
     """Builds the optimizer and the schedule over one parameter, and says what they refuse."""
     try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
-        optimizer = kind([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+        kind, options = own_optimizer(name, args, meta_model(config)) or Trainer.get_optimizer_cls_and_kwargs(args)
+        weights = [torch.nn.Parameter(torch.zeros(2, 2))]
+        optimizer = torch.optim.SGD(weights) if name else kind(weights, **options)
         steps = {"num_warmup_steps": 1, "num_training_steps": 10}
         get_scheduler(
             args.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {})
         )
+    except UserError as error:
+        return [str(error)]
     except Exception as error:  # whatever the optimizer's own package raises
         return [
             f"optim {args.optim.value} with lr_scheduler_type {args.lr_scheduler_type.value}: {' '.join(str(error).split())}"
         ]
-    return []
+    return optimizer_problems(name, asked_strategy())
 
 
 def plan(
-    args: TrainingArguments, run: RunConfig, windows: WindowConfig, config: PreTrainedConfig, tokenizer, train, evaluation,
-    report: list[str], record: dict,
+    args: TrainingArguments, run: RunConfig, length: int, config: PreTrainedConfig, tokenizer, train, evaluation,
+    batches: Batches, report: list[str], record: dict,
 ) -> None:  # fmt: skip
-    """The checks that need the data, then the first screen, on rank 0: what will happen, in a dozen lines."""
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(train) / batch)
+    """The checks that need the data, then the first screen, on rank 0: what will happen, in a dozen lines.
+
+    `train` and `evaluation` are the examples, `length` the tokens of a window.
+    """
+    batch, steps, sequences = batches.batch_size, batches.steps, batches.sequences(batches.steps)
     problems = output_problems(args.output_dir, record) + _warmup_problems(args, steps)
     if args.world_size > 1 and any(other != record["identity"] for other in gather_object([record["identity"]])):
         problems.append("the processes do not see the same data or tokenizer: share the files between the machines")
@@ -146,24 +179,26 @@ def plan(
         return
 
     parameters = parameter_count(config)
-    strategy, tokens = asked_strategy(), steps * batch * windows.sequence_length
+    strategy, tokens = asked_strategy(), sequences * length
     processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    sizes = "a stream" if windows.streaming else f"{len(train):,} windows of {windows.sequence_length} tokens"
-    epochs = "" if windows.streaming else f", {steps * batch / len(train):.2f} epochs"
-    example = next(iter(train if evaluation is None else evaluation))["input_ids"][:40]
+    sizes = f"{batches.size:,} windows of {length} tokens" if batches.size else "a stream"
+    epochs = f", {sequences / batches.size:.2f} epochs" if batches.size else ""
+    ramp = f"; {', '.join(f'{size} for {batches.stage_steps} steps' for size in batches.stages[:-1])} before"
+    example = next(iter(train)) if evaluation is None else evaluation[0]
+    targets = example["labels"][example["labels"] >= 0]
     lines = [
         *(("data", line) for line in report),
         ("data", f"{sizes} to train on, {0 if evaluation is None else len(evaluation):,} windows held out"),
         ("tokenizer", f"{len(tokenizer):,} ids, documents end with {tokenizer.eos_token}"),
         (
             "model",
-            f"{config.model_type}, {parameters:,} parameters, context {getattr(config, 'max_position_embeddings', windows.sequence_length)}",
+            f"{config.model_type}, {parameters:,} parameters, context {getattr(config, 'max_position_embeddings', length)}",
         ),
         (
             "batch",
             f"{batch} sequences = {processes} x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
-            f"accumulation; {batch * windows.sequence_length:,} tokens a step",
+            f"accumulation; {batch * length:,} tokens a step{ramp if batches.stages[1:] else ''}",
         ),
         ("steps", f"{steps:,}: {tokens:,} tokens{epochs}, {tokens / parameters:.1f} a parameter"),
         ("strategy", f"{strategy}, {processes}, {args.device.type}, {dtype}; seed {args.seed}"),
@@ -174,7 +209,8 @@ def plan(
         ),
         ("output", f"{args.output_dir}; a checkpoint is about {CHECKPOINT_BYTES * parameters / 1e6:,.0f} MB"),
         ("hub", f"will push to {repo_id(args)}" if run.push_to_hub else None),
-        ("example", repr(tokenizer.decode(example))),
+        ("example", repr(tokenizer.decode(example["input_ids"][:40]))),
+        ("targets", repr(tokenizer.decode(targets[:40])) if len(targets) < len(example["input_ids"]) else None),
     ]
     for label, text in lines:
         if text:

@@ -2,23 +2,25 @@
 
 import sys
 import time
+from collections.abc import Callable
 
+import torch
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 
 class Throughput(ProgressCallback):
     """Shows loss, tokens/s and ETA; measures training time without evaluation, saving and start-up.
 
-    `tokens_per_step` counts all processes.
+    `tokens_until(step)` is the number of tokens in the steps before `step`, all processes together.
     """
 
     WARMUP = 3  # steps left out of the steady state: allocators and caches settle
 
-    def __init__(self, tokens_per_step: int):
+    def __init__(self, tokens_until: Callable[[int], int]):
         super().__init__()
-        self.tokens_per_step = tokens_per_step
-        self.steps, self.seconds, self.marked, self.left_out = 0, 0.0, (0, 0.0), self.WARMUP
+        self.tokens_until = tokens_until
+        self.session_tokens, self.tokens, self.seconds, self.marked, self.left_out = 0, 0, 0.0, (0, 0.0), self.WARMUP
 
     def _mark(self, *args, **kwargs):
         self.last = time.perf_counter()
@@ -44,25 +46,26 @@ class Throughput(ProgressCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
-        now = time.perf_counter()
+        if args.device.type != "cpu" and (control.should_log or control.should_evaluate or control.should_save):
+            torch.accelerator.synchronize()  # or steps still in the queue would count as evaluation or saving
+        now, tokens = (
+            time.perf_counter(),
+            self.tokens_until(state.global_step) - self.tokens_until(state.global_step - 1),
+        )
+        self.session_tokens += tokens  # of this start of the run, warm-up included
         if self.left_out:
             self.left_out -= 1
         else:
-            self.steps, self.seconds = self.steps + 1, self.seconds + now - self.last
+            self.tokens, self.seconds = self.tokens + tokens, self.seconds + now - self.last
         self.last = now
 
-    @property
-    def session_tokens(self) -> int:
-        """Tokens of this start of the run, warm-up included."""
-        return (self.steps + self.WARMUP - self.left_out) * self.tokens_per_step
-
     def tokens_per_second(self, since=(0, 0.0)) -> float | None:
-        steps, seconds = self.steps - since[0], self.seconds - since[1]
-        return steps * self.tokens_per_step / seconds if seconds else None
+        tokens, seconds = self.tokens - since[0], self.seconds - since[1]
+        return tokens / seconds if seconds else None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            rate, self.marked = self.tokens_per_second(self.marked), (self.steps, self.seconds)
+            rate, self.marked = self.tokens_per_second(self.marked), (self.tokens, self.seconds)
             if rate:
                 logs["tokens_per_second"] = rate
         if not state.is_world_process_zero or self.training_bar is None or "train_runtime" in logs:
@@ -71,7 +74,7 @@ class Throughput(ProgressCallback):
         for key, form in (("loss", ".4f"), ("grad_norm", ".2f"), ("learning_rate", ".2e"), ("eval_loss", ".4f")):
             line += f"  {key} {logs[key]:{form}}" if key in logs else ""
         if rate := logs.get("tokens_per_second"):
-            left = (state.max_steps - state.global_step) * self.tokens_per_step / rate
+            left = (self.tokens_until(state.max_steps) - self.tokens_until(state.global_step)) / rate
             line += f"  {rate:,.0f} tokens/s  ETA {int(left // 60)}:{int(left % 60):02d}"
         self.training_bar.write(line)
         self.training_bar.set_postfix(
@@ -79,8 +82,11 @@ class Throughput(ProgressCallback):
         )
 
 
-def show_progress(trainer: Trainer, throughput: Throughput) -> None:
-    """Puts `throughput` in the place of the Trainer's own progress callbacks, before the reporters."""
+def show_progress(trainer: Trainer, throughput: Throughput, *others: TrainerCallback) -> None:
+    """Puts `throughput` in the place of the Trainer's own progress callbacks, and `others`, before the reporters."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.callback_handler.callbacks.insert(0, throughput)
+    trainer.callback_handler.callbacks[1:1] = [
+        throughput,
+        *others,
+    ]  # after the one that decides when to log, evaluate, save

@@ -156,7 +156,7 @@ def poison_window(window: int, value_is_inf: int = 0):
 
     def find(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        seen["ids"] = torch.as_tensor(self.train_dataset[window]["input_ids"]).long()
+        seen["ids"] = torch.as_tensor(self.train_dataset.windows[window]["input_ids"]).long()
 
     def poisoned(self, input_ids=None, **kwargs):
         out = forward(self, input_ids=input_ids, **kwargs)

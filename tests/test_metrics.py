@@ -7,6 +7,7 @@ from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llm_recipes.batches import Examples
 from llm_recipes.config import Source
 from llm_recipes.datasets import load_source
 from llm_recipes.metrics import (
@@ -83,8 +84,9 @@ def test_bits_per_byte_by_hand():
 
 
 def test_unigram_entropy_by_hand():
-    windows = Dataset.from_dict({"input_ids": [[1, 1], [2, 3]]})
-    assert unigram_entropy(windows) == pytest.approx(-(0.5 * np.log(0.5) + 0.5 * np.log(0.25)))
+    windows = Dataset.from_dict({"input_ids": [[1, 1], [2, 3]]}).with_format("numpy")
+    examples = Examples(windows, lambda ids, rng: {"labels": np.append(ids, -100)}, seed=0, shuffle=False)
+    assert unigram_entropy(examples) == pytest.approx(-(0.5 * np.log(0.5) + 0.5 * np.log(0.25)))
 
 
 def test_throughput_leaves_out_warm_up_saving_and_evaluation(monkeypatch):
@@ -94,7 +96,7 @@ def test_throughput_leaves_out_warm_up_saving_and_evaluation(monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     args, state, control = TrainingArguments("unused", use_cpu=True), TrainerState(max_steps=10), TrainerControl()
-    throughput = Throughput(100)
+    throughput = Throughput(lambda step: 100 * step)
     throughput.on_train_begin(args, state, control)
     for step in range(1, 11):
         clock[0] += 9 if step <= Throughput.WARMUP else 2
