@@ -5,7 +5,6 @@ resume, and with any micro-batch. So a batch may grow during the run, and a bad 
 """
 
 import contextlib
-import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -31,17 +30,17 @@ class Examples(torch.utils.data.Dataset):
     """
 
     def __init__(self, windows: Dataset, objective: Callable, seed: int, shuffle: bool):
-        self.windows, self.objective, self.seed = windows, objective, seed
-        self.permutation = functools.lru_cache(2)(self._permutation) if shuffle else lambda epoch: None
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.windows))
+        self.windows, self.objective, self.seed, self.shuffle = windows, objective, seed, shuffle
+        self.orders = {}  # the permutation of the epoch last asked for
 
     def window(self, position: int) -> int:
         """Index of the window at `position`."""
         epoch, index = divmod(position, len(self.windows))
-        order = self.permutation(epoch)
-        return index if order is None else int(order[index])
+        if not self.shuffle:
+            return index
+        if epoch not in self.orders:
+            self.orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self.windows))}
+        return int(self.orders[epoch][index])
 
     def __len__(self) -> int:
         return len(self.windows)

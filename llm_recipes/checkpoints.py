@@ -7,6 +7,7 @@ before the update when the gradient is not finite. Why, with measurements: docs/
 """
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -206,6 +207,7 @@ def protect(trainer: Trainer, after_save=None, spike_guard: SpikeGuard | None = 
                 return None
             except Rollback as spike:
                 resume_from_checkpoint = _roll_back(trainer, spike, windows[1], spike_guard.max_rollbacks)
+            gc.collect()  # the old optimizer's memory, and the old DDP wrapper's hooks on the weights
         if guard.stopping:  # save_strategy: best took the request to save back
             committed_save(trainer.model, None)
         return result

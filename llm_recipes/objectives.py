@@ -235,7 +235,9 @@ def check_isolation(config: PreTrainedConfig, attn_implementation: str | None) -
         return _same(both, changed) and _same(both, alone)
 
     choices = "use sdpa or eager and an architecture that goes by positions, such as llama, or set it to false"
-    _probe(config, attn_implementation, isolates, "isolate_documents: {} does not keep documents apart: " + choices)
+    _probe(
+        config, attn_implementation, isolates, "isolate_documents: {} {}: " + choices, "lets documents see each other"
+    )
 
 
 def check_prefix(config: PreTrainedConfig, attn_implementation: str | None, length: int) -> None:
@@ -251,7 +253,7 @@ def check_prefix(config: PreTrainedConfig, attn_implementation: str | None, leng
         return _same(both[BEFORE], suffix[BEFORE]) and not _same(both[:, 0], inside[:, 0])
 
     choices = "use sdpa and an architecture such as llama, or objective causal"
-    _probe(config, attn_implementation, obeys, "objective prefix: {} does not obey its mask: " + choices)
+    _probe(config, attn_implementation, obeys, "objective prefix: {} {}: " + choices, "does not obey the mask")
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -259,12 +261,13 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).abs().max() < 1e-5 * b.abs().max())
 
 
-def _probe(config: PreTrainedConfig, attn_implementation: str | None, holds: Callable, sentence: str) -> None:
-    """Raises UserError(`sentence`) unless `holds(logits)` of a random copy of the causal LM of `config`, on the CPU.
+def _probe(config: PreTrainedConfig, attn_implementation: str | None, holds: Callable, sentence: str, fault: str):
+    """Raises UserError unless `holds(logits)` of a random copy of the causal LM of `config`, on the CPU.
 
     The copy has few ids and the first layers, as many as have all of `layer_types`; attention keeps its size.
+    `sentence` has a place for the model and one for the `fault`, or for what the model raised.
     """
-    why, kinds, layers = "", config.to_dict().get("layer_types") or [], 2
+    kinds, layers = config.to_dict().get("layer_types") or [], 2
     while set(kinds[:layers]) != set(kinds):
         layers += 1
     try:
@@ -276,9 +279,9 @@ def _probe(config: PreTrainedConfig, attn_implementation: str | None, holds: Cal
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](small).float().eval()
-            held = holds(lambda **inputs: model(**inputs, use_cache=False).logits)
+            if holds(lambda **inputs: model(**inputs, use_cache=False).logits):
+                return
     except Exception as error:  # whatever an architecture raises that does not take these inputs
-        held, why = False, f" ({str(error).splitlines()[0][:120]})"
-    if not held:
-        name = f"{config.model_type} with attn_implementation {attn_implementation or 'left to its default'}"
-        raise UserError(sentence.format(name) + why)
+        fault = f"cannot be tried ({str(error).splitlines()[0][:120]})"
+    name = f"{config.model_type} with attn_implementation {attn_implementation or 'left to its default'}"
+    raise UserError(sentence.format(name, fault))

@@ -86,6 +86,8 @@ class Lion(torch.optim.Optimizer):
     3 to 10 times larger weight decay.
     """
 
+    honours_found_inf = True
+
     def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 

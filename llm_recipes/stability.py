@@ -65,6 +65,7 @@ class Watch:
     def judge(self, norm) -> None:
         """Flags the coming update by its gradient `norm`, the same on every rank, and leaves it out if it has to be."""
         step, device = self.trainer.state.global_step, self.trainer.args.device
+        norm = norm if self.deferred else float(norm)  # FSDP gives a DTensor, DeepSpeed a number
         norm = torch.as_tensor(norm, dtype=torch.float32, device=device)
         finite = torch.isfinite(norm) & (norm >= 0)  # ZeRO reports a norm that is not finite as -1
         values, flag = None, torch.where(finite, 0, NOT_FINITE)

@@ -146,8 +146,8 @@ def kill_in_save(save: int, write: int):
     checkpoints._digest = counted(checkpoints._digest)
 
 
-def poison_window(window: int, value_is_inf: int = 0):
-    """The model's loss is nan (or inf) on any batch that holds this training window."""
+def poison_window(window: int, kind: int = 0):
+    """The model's loss is nan, inf or 1000 times too large (kind 0, 1, 2) on any batch that holds this training window."""
     import torch
     from transformers import LlamaForCausalLM, Trainer
 
@@ -161,10 +161,28 @@ def poison_window(window: int, value_is_inf: int = 0):
     def poisoned(self, input_ids=None, **kwargs):
         out = forward(self, input_ids=input_ids, **kwargs)
         if self.training and (input_ids == seen["ids"]).all(1).any():
-            out["loss"] = out["loss"] * float("inf" if value_is_inf else "nan")
+            out["loss"] = out["loss"] * [float("nan"), float("inf"), 1000.0][kind]
         return out
 
     Trainer.__init__, LlamaForCausalLM.forward = find, poisoned
+
+
+def poison_step(step: int):
+    """The loss of the `step`-th optimizer step is nan, the first time."""
+    from transformers import LlamaForCausalLM
+
+    forward, armed = LlamaForCausalLM.forward, [False]
+
+    def poisoned(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        if self.training and armed.pop():
+            out["loss"] = out["loss"] * float("nan")
+        armed.append(False)
+        return out
+
+    LlamaForCausalLM.forward = poisoned
+    once = iter([True])
+    _at_step(step, lambda: armed.append(next(once, False)))
 
 
 def limit_file_size(kilobytes: int):
@@ -193,7 +211,7 @@ def fsdp_on_cpu(_: int = 0):
     TrainingArguments.__post_init__ = pretend
 
 
-FAULTS = {f.__name__: f for f in (send_signal, kill_in_save, poison_window, limit_file_size, fsdp_on_cpu)}
+FAULTS = {f.__name__: f for f in (send_signal, kill_in_save, poison_step, poison_window, limit_file_size, fsdp_on_cpu)}
 
 
 def launch(
