@@ -1,7 +1,14 @@
 """Models to train: from scratch, the same under every strategy, or continued, and then whole."""
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -20,16 +27,14 @@ AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
 def attention(model: ModelConfig, config: PreTrainedConfig, objective: ObjectiveConfig, length: int) -> str | None:
     """The attention implementation to train with: `attn_implementation`, or "sdpa_causal" where that is the same function."""
     plain = objective.objective == "causal" and not objective.isolate_documents
-    whole = (getattr(config, "sliding_window", None) or length) >= length and not hasattr(
-        config, "attention_chunk_size"
-    )
+    whole = min(getattr(config, key, None) or length for key in ("sliding_window", "attention_chunk_size")) >= length
     if model.attn_implementation in (None, "sdpa") and plain and whole and _compat.takes_any_attention(config):
         return "sdpa_causal"
     return model.attn_implementation
 
 
 def load_model(
-    model: ModelConfig, config: PreTrainedConfig, objective: ObjectiveConfig, length: int, seed: int
+    model: ModelConfig, config: PreTrainedConfig, objective: ObjectiveConfig, length: int, args: TrainingArguments
 ) -> PreTrainedModel:
     """The model of `config` for `objective` in fp32: fresh, or with the weights of `model_name_or_path`.
 
@@ -37,9 +42,16 @@ def load_model(
     Raises UserError when the stored weights do not cover the model.
     """
     _, auto = architecture_for(objective.objective)
-    options = {"attn_implementation": attention(model, config, objective, length)}
+    kernel = attention(model, config, objective, length)
+    if args.torch_compile and kernel in (None, "sdpa") and args.process_index == 0:
+        print(
+            "attention  compiled as a whole, SDPA gets a mask tensor here and loses its flash kernel: launch with "
+            "--dynamo_use_regional_compilation",
+            flush=True,
+        )
+    options = {"attn_implementation": kernel}
     if model.model_name_or_path is None:
-        return _ready(from_scratch(config, seed, auto, **options))
+        return _ready(from_scratch(config, args.seed, auto, **options))
     options |= {
         "config": config,
         "revision": model.model_revision or "main",
@@ -54,10 +66,8 @@ def load_model(
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
-    if (
-        model.loss_type is None
-    ):  # GPT-2 and others: the Trainer would take its labels for unshifted and count one too many
-        model.loss_type = "ForCausalLM"
+    # GPT-2's class name tells the Trainer nothing: it would count the first label, which is no target
+    model.loss_type = model.loss_type or "ForCausalLM"
     return model
 
 

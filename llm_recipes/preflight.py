@@ -63,13 +63,11 @@ def architecture(model: ModelConfig, tokenizer, objective: str = "causal") -> Pr
             for key in keys:
                 if key not in names:
                     raise ValueError(f"{kind}: {unknown_key(key, names)}")
-            ids = {
-                "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-                "pad_token_id": tokenizer.pad_token_id,
-            }
-            if "decoder_start_token_id" in names:
-                ids["decoder_start_token_id"] = tokenizer.pad_token_id
+            kinds = ("bos", "eos", "pad", "cls", "sep", "mask")
+            ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
+            ids = {key: value for key, value in ids.items() if key in names}
+            if objective == "span_corruption":
+                ids["decoder_start_token_id"] = tokenizer.pad_token_id  # T5's convention
             config = AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **keys})
         except Exception as error:  # validation errors of huggingface_hub have no common public base
             raise UserError(f"model_config: {' '.join(str(error).split())[:300]}") from error
@@ -109,7 +107,7 @@ def preflight(
     problems += prompt_problems(tokenizer, run.sample_prompts, objective.objective, context)
     problems += objective_problems(objective)
     if args.max_steps > 0:
-        problems += _warmup_problems(args, args.max_steps)
+        problems += _schedule_problems(args, args.max_steps)
     if args.eval_strategy != "no" and not data.eval_fraction:
         problems.append(f"eval_strategy: {args.eval_strategy.value} needs data: set eval_fraction above 0")
     if missing := set(args.report_to) - set(get_available_reporting_integrations()):
@@ -136,10 +134,16 @@ def preflight(
         check_prefix(config, model.attn_implementation, windows.sequence_length)
 
 
-def _warmup_problems(args: TrainingArguments, steps: int) -> list[str]:
-    if args.warmup_steps < steps:
-        return []
-    return [f"warmup_steps {args.warmup_steps:g} is not below the {steps} steps of the run"]
+def _schedule_problems(args: TrainingArguments, steps: int) -> list[str]:
+    """Parts of the schedule that do not fit into `steps`; the library would start deep in the decay."""
+    decay = (args.lr_scheduler_kwargs or {}).get("num_decay_steps", 0)
+    if args.warmup_steps >= steps:
+        return [f"warmup_steps {args.warmup_steps:g} is not below the {steps} steps of the run"]
+    if args.warmup_steps + decay > steps:
+        return [
+            f"warmup_steps {args.warmup_steps:g} and num_decay_steps {decay} are more than the {steps} steps of the run"
+        ]
+    return []
 
 
 def _optimisation_problems(args: TrainingArguments, name: str | None, config: PreTrainedConfig) -> list[str]:
@@ -170,7 +174,7 @@ def plan(
     `train` and `evaluation` are the examples, `length` the tokens of a window.
     """
     batch, steps, sequences = batches.batch_size, batches.steps, batches.sequences(batches.steps)
-    problems = output_problems(args.output_dir, record) + _warmup_problems(args, steps)
+    problems = output_problems(args.output_dir, record) + _schedule_problems(args, steps)
     if args.world_size > 1 and any(other != record["identity"] for other in gather_object([record["identity"]])):
         problems.append("the processes do not see the same data or tokenizer: share the files between the machines")
     if problems:

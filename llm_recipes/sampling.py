@@ -55,7 +55,9 @@ def sample(trainer: Trainer, tokenizer, prompts: list[str], objective: str) -> l
                 top_k=TOP_K, use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
         answer = tokenizer.decode(out[0], skip_special_tokens=objective != "span_corruption")
-        texts.append(f"{prompt}\n{answer}" if objective == "span_corruption" else answer)
+        texts.append(
+            f"{prompt}\n{answer.removeprefix(tokenizer.pad_token)}" if objective == "span_corruption" else answer
+        )
     return texts
 
 

@@ -248,7 +248,7 @@ def test_nan_on_one_rank(tiny, action):
     config = tiny(
         global_batch_size=4,
         per_device_train_batch_size=2,
-        max_steps=30,
+        max_steps=10,
         save_steps=2,
         spike_guard=guard,
         eval_fraction=0,

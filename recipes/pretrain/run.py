@@ -76,7 +76,7 @@ def main():
     outputs.claim(args, run.push_to_hub, record)  # up to here nothing is written to output_dir
 
     # 6. Model, in fp32: bf16 is the Trainer's autocast
-    model = load_model(model_config, config, objective, length, args.seed)
+    model = load_model(model_config, config, objective, length, args)
 
     # 7. Trainer
     trainer = Trainer(
