@@ -119,6 +119,14 @@ def send_signal(step: int, number: int):
     _at_step(step, lambda: os.kill(os.getpid(), number))
 
 
+def stop_uncompiled(step: int):
+    """SIGTERM at `step`, and torch.compile does nothing: compiling takes a minute a model on the CPU."""
+    import torch
+
+    torch._dynamo.config.disable = True
+    send_signal(step, signal.SIGTERM)
+
+
 def kill_in_save(save: int, write: int):
     """SIGKILL at the `write`-th file of the `save`-th checkpoint: before, in the middle and after the weights, ..."""
     import torch
@@ -211,7 +219,10 @@ def fsdp_on_cpu(_: int = 0):
     TrainingArguments.__post_init__ = pretend
 
 
-FAULTS = {f.__name__: f for f in (send_signal, kill_in_save, poison_step, poison_window, limit_file_size, fsdp_on_cpu)}
+FAULTS = {
+    f.__name__: f
+    for f in (send_signal, stop_uncompiled, kill_in_save, poison_step, poison_window, limit_file_size, fsdp_on_cpu)
+}
 
 
 def launch(

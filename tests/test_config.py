@@ -9,6 +9,8 @@ from trl import SFTConfig
 from llm_recipes.config import (
     DataConfig,
     ModelConfig,
+    ObjectiveConfig,
+    OptimizationConfig,
     RunConfig,
     TokenizerConfig,
     TokenizerTrainingConfig,
@@ -20,7 +22,10 @@ from llm_recipes.config import (
 from llm_recipes.errors import UserError
 from tests.running import ROOT
 
-PARTS = (RunConfig, DataConfig, WindowConfig, TokenizerConfig, ModelConfig, TrainingArguments)
+PARTS = (
+    RunConfig, DataConfig, WindowConfig, ObjectiveConfig, OptimizationConfig, TokenizerConfig, ModelConfig,
+    TrainingArguments,
+)  # fmt: skip
 BASE = "output_dir: out\ndatasets:\n  - path: builtin:python\n"
 
 
@@ -205,7 +210,7 @@ def test_every_yaml_is_known():
     """A YAML added anywhere must be covered by a test; change the counts together with the tree."""
     accelerate = {p.stem for p in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert accelerate == {"cpu", "single_gpu", "ddp", "zero2", "zero3", "fsdp2"}
-    assert len(RECIPE_YAMLS) == 2
+    assert len(RECIPE_YAMLS) == 12
     tracked = [p for p in ROOT.rglob("*.yaml") if not {".venv", "outputs"} & set(p.relative_to(ROOT).parts)]
     assert len(tracked) == len(RECIPE_YAMLS) + len(accelerate)
 
