@@ -75,7 +75,10 @@ def main():
                 seconds = run["stamps"][args.steps - 1] - run["stamps"][args.first - 1]
                 row[side] = {"ms": 1000 * seconds / (args.steps - args.first), "start_up": run["stamps"][0]}
             rounds.append(row)
-            print(f"{number + 1:<6}" + "".join(f"{r['ms']:>12.2f} ({r['start_up']:>5.1f})" for r in row.values()), flush=True)
+            print(
+                f"{number + 1:<6}" + "".join(f"{r['ms']:>12.2f} ({r['start_up']:>5.1f})" for r in row.values()),
+                flush=True,
+            )
     ratios = {}
     for above, below in (("ours", "loop"), ("stock", "ours"), ("ours", "nanogpt"), ("loop", "nanogpt")):
         if below in SIDES:

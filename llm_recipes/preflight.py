@@ -118,8 +118,6 @@ def preflight(
     problems += _optimisation_problems(args, optimization.optimizer, config)
     problems += spike_guard_problems(optimization.spike_guard, args, strategy, windows.streaming)
     problems += monitor_problems(optimization.monitor, strategy, args)
-    if optimization.batch_size_ramp and windows.streaming:
-        problems.append("batch_size_ramp: a stream is cut into equal batches: set streaming: false")
     if args.fp16 and args.device.type == "cpu":
         problems.append("fp16 needs a GPU: use bf16: true, or neither for fp32")
     kept = 0 if args.save_strategy == "no" else min(args.save_total_limit or 10, 10)

@@ -97,7 +97,7 @@ def test_all_problems_at_once(tmp_path):
 
 
 def test_values_as_written(tmp_path):
-    run, data, _, _, model, args = parse_text(
+    run, data, _, _, _, _, model, args = parse_text(
         tmp_path,
         BASE + "learning_rate: 5e-7\neval_strategy: no\nsave_strategy: no\nwarmup_steps: 3\nrun_name: on\n"
         "lr_scheduler_kwargs: {min_lr_rate: 1e-1}\nmodel_config: {model_type: llama, tie_word_embeddings: true}\n",
