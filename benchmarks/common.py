@@ -52,13 +52,13 @@ def start(side: str, seed: int, folder: Path, args: argparse.Namespace) -> dict:
     if done.returncode:
         sys.exit(f"{side}: {done.stdout[-2000:]}{done.stderr[-3000:]}")
     stamps = json.loads((folder / "stamps.json").read_text())
-    return {"side": side, "seed": seed, "process": seconds, "stamps": [stamp - began for stamp in stamps]}
+    return {"process": seconds, "wall": [wall - began for wall, _ in stamps], "cpu": [cpu for _, cpu in stamps]}
 
 
 def clocked(side, folder: Path) -> None:
     """Calls `side()` and writes down when each optimizer step ended, by the clock that all processes share."""
     stamps = []
-    register_optimizer_step_post_hook(lambda *_: stamps.append(time.perf_counter()))
+    register_optimizer_step_post_hook(lambda *_: stamps.append((time.perf_counter(), time.process_time())))
     side()
     (folder / "stamps.json").write_text(json.dumps(stamps))
 

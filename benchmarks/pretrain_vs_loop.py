@@ -72,19 +72,25 @@ def main():
             row = {}
             for side in SIDES:
                 run = start(side, number, Path(folder) / f"{side}{number}", args)
-                seconds = run["stamps"][args.steps - 1] - run["stamps"][args.first - 1]
-                row[side] = {"ms": 1000 * seconds / (args.steps - args.first), "start_up": run["stamps"][0]}
+                row[side] = {"start_up": run["wall"][0]}
+                for clock in ("wall", "cpu"):
+                    seconds = run[clock][args.steps - 1] - run[clock][args.first - 1]
+                    row[side][clock] = 1000 * seconds / (args.steps - args.first)
             rounds.append(row)
             print(
-                f"{number + 1:<6}" + "".join(f"{r['ms']:>12.2f} ({r['start_up']:>5.1f})" for r in row.values()),
+                f"{number + 1:<6}"
+                + "".join(f"{r['wall']:>10.2f}{r['cpu']:>8.2f} ({r['start_up']:>5.1f})" for r in row.values()),
                 flush=True,
             )
     ratios = {}
     for above, below in (("ours", "loop"), ("stock", "ours"), ("ours", "nanogpt"), ("loop", "nanogpt")):
         if below in SIDES:
-            of = sorted(row[above]["ms"] / row[below]["ms"] for row in rounds)
-            ratios[f"{above}/{below}"] = of
-            print(f"{names[above]} / {names[below]}: median {statistics.median(of):.3f}, {of[0]:.3f} to {of[-1]:.3f}")
+            for clock in ("wall", "cpu"):
+                of = sorted(row[above][clock] / row[below][clock] for row in rounds)
+                ratios[f"{above}/{below} {clock}"] = of
+                print(
+                    f"{names[above]} / {names[below]} {clock}: median {statistics.median(of):.3f}, {of[0]:.3f} to {of[-1]:.3f}"
+                )
     if args.output:
         args.output.write_text(json.dumps({"threads": args.threads, "rounds": rounds, "ratios": ratios}, indent=1))
 

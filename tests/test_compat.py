@@ -4,10 +4,12 @@ import ast
 import inspect
 import re
 
+import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from transformers import Trainer
+from transformers import AutoConfig, Trainer
 
 from llm_recipes import _compat
 from tests.running import ROOT
@@ -32,6 +34,31 @@ def test_deepspeed_computes_the_norm_before_the_update():
         ]  # the method is decorated
         assert source.index(norm) < source.index(update)
     assert not hasattr(DeepSpeedZeroOptimizer, "_get_norm_groups")
+
+
+def test_which_optimizers_leave_out_an_update():
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    adamw, sgd = torch.optim.AdamW, torch.optim.SGD
+    assert _compat.honours_found_inf(adamw(weights, fused=True)) and not _compat.honours_found_inf(adamw(weights))
+    assert not _compat.honours_found_inf(sgd(weights, 1.0, fused=True)) and not _compat.honours_found_inf(
+        sgd(weights, 1.0)
+    )
+    optimizer = adamw(weights, lr=1.0, fused=True)
+    optimizer.found_inf, weights[0].grad = torch.tensor(1.0), torch.full((2,), float("nan"))
+    optimizer.step()
+    assert weights[0].tolist() == [1.0, 1.0] and optimizer.state[weights[0]]["step"] == 0
+
+
+def test_sync_gradients_is_what_backward_reads():
+    accelerator = Accelerator(cpu=True)
+    for sync in (False, True):
+        _compat.set_sync_gradients(accelerator, sync)
+        assert accelerator.sync_gradients is sync
+
+
+def test_which_models_take_any_attention():
+    taken = [_compat.takes_any_attention(AutoConfig.for_model(kind)) for kind in ("llama", "gpt2", "bloom", "mamba")]
+    assert taken == [True, True, False, False]
 
 
 def test_fingerprint_follows_the_content():
