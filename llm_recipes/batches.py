@@ -71,51 +71,54 @@ class Batches(torch.utils.data.Sampler):
 
     Batch `b` holds the positions from `start(b)` to `start(b + 1)`; step `s` takes the `s`-th batch
     that is not in `left_out`. Attributes: `steps`, `batch_size` (the full one), `limit` (sequences of
-    a micro-batch at most), `size` (windows, None for a stream, whose batches the Trainer cuts itself).
-    Raises UserError for a ramp that does not fit.
+    a micro-batch at most), `size` (windows of `length` tokens; None for a stream, whose batches the
+    Trainer cuts itself). Raises UserError for a ramp that does not fit.
     """
 
-    def __init__(self, size: int | None, args: TrainingArguments, ramp: Ramp | None):
+    def __init__(self, size: int | None, length: int, args: TrainingArguments, ramp: Ramp | None):
         if ramp and size is None:
             raise UserError("batch_size_ramp: a stream is cut into equal batches: set streaming: false")
         self.size, self.rank, self.world_size = size, args.process_index, args.world_size
         self.limit = args.per_device_train_batch_size
         self.batch_size = self.limit * args.gradient_accumulation_steps * args.world_size
-        self.stages, self.stage_steps = self._stages(ramp), ramp.steps if ramp else 1
+        self.stages = self._stages(ramp, length) if ramp else []
         self.steps = args.max_steps if args.max_steps > 0 else self._steps_of(math.ceil(args.num_train_epochs * size))
         self.file, self.left_out = Path(args.output_dir) / "left_out_batches.json", []
         if self.file.is_file():
             self.left_out = json.loads(self.file.read_text())
 
-    def _stages(self, ramp: Ramp | None) -> list[int]:
-        """Batch sizes of the ramp in order, the full one last."""
-        if ramp is None:
-            return [self.batch_size]
-        if not 0 < ramp.start < self.batch_size or ramp.factor < 2 or ramp.steps < 1:
+    def _stages(self, ramp: Ramp, length: int) -> list[tuple[int, int]]:
+        """(sequences a step, steps) of each stage before the full batch."""
+        if (ramp.steps is None) == (ramp.tokens is None):
+            raise UserError("batch_size_ramp: set steps or tokens, the length of a stage")
+        if not 0 < ramp.start < self.batch_size or ramp.factor < 2 or (ramp.steps or 0) + (ramp.tokens or 0) < 1:
             raise UserError(
-                f"batch_size_ramp: start must lie between 0 and the full batch of {self.batch_size}, factor be at least "
-                "2 and steps at least 1"
+                f"batch_size_ramp: start must lie between 0 and the full batch of {self.batch_size}, factor be at least 2, "
+                "and steps or tokens at least 1"
             )
-        sizes = [ramp.start]
-        while sizes[-1] < self.batch_size:
-            sizes.append(min(sizes[-1] * ramp.factor, self.batch_size))
-        if odd := [size for size in sizes if size % self.world_size]:
+        stages, size = [], ramp.start
+        while size < self.batch_size:
+            stages.append((size, ramp.steps or math.ceil(ramp.tokens / (size * length))))
+            size *= ramp.factor
+        if odd := [size for size, _ in stages if size % self.world_size]:
             raise UserError(f"batch_size_ramp: a batch of {odd[0]} does not divide over {self.world_size} processes")
-        return sizes
+        return stages
 
     def _steps_of(self, sequences: int) -> int:
         """Steps that `sequences` fill, rounded up."""
-        ramped = (len(self.stages) - 1) * self.stage_steps
-        if sequences > self.start(ramped):
-            return ramped + math.ceil((sequences - self.start(ramped)) / self.batch_size)
-        return next(step for step in range(ramped + 1) if self.start(step) >= sequences)
+        steps = 0
+        for size, length in self.stages:
+            if sequences <= size * length:
+                return steps + math.ceil(sequences / size)
+            steps, sequences = steps + length, sequences - size * length
+        return steps + math.ceil(sequences / self.batch_size)
 
     def start(self, batch: int) -> int:
         """First position of batch `batch`; also the sequences of all batches before it."""
         position = 0
-        for size in self.stages[:-1]:
-            position += min(batch, self.stage_steps) * size
-            batch = max(batch - self.stage_steps, 0)
+        for size, length in self.stages:
+            position += min(batch, length) * size
+            batch = max(batch - length, 0)
         return position + batch * self.batch_size
 
     def batch(self, step: int) -> int:

@@ -120,10 +120,11 @@ class ObjectiveConfig:
 
 @dataclass
 class Ramp:
-    """`batch_size_ramp`: the global batch starts at `start` and grows by `factor` every `steps` steps."""
+    """`batch_size_ramp`: the global batch starts at `start` and grows by `factor` every `steps` steps or `tokens` tokens."""
 
     start: int
-    steps: int
+    steps: int | None = None
+    tokens: int | None = None
     factor: int = 2
 
 
@@ -145,7 +146,8 @@ class OptimizationConfig:
         default=None, metadata={"help": "An optimizer that `optim` does not know; takes optim_args too."}
     )
     batch_size_ramp: Ramp | None = field(
-        default=None, metadata={"help": "start, steps, factor: the batch grows from start to global_batch_size."}
+        default=None,
+        metadata={"help": "start, steps or tokens, factor: the batch grows from start to global_batch_size."},
     )
     spike_guard: SpikeGuard | None = field(
         default=None, metadata={"help": "window, z, action (warn, skip, rollback), max_rollbacks."}

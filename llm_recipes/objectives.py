@@ -17,7 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
-    PreTrainedConfig,
     Trainer,
 )
 
@@ -26,9 +25,6 @@ from llm_recipes.errors import UserError
 
 MASK = "<|mask|>"
 SHIFTED = ("causal", "prefix")  # position i predicts label i + 1; the others predict label i
-# What the copy that `_probe` runs has less of; windows so short that a few tokens leave them.
-SMALL = {"vocab_size": 64, "intermediate_size": 16, "moe_intermediate_size": 16, "ffn_dim": 16, "n_inner": 16,
-         "sliding_window": 4, "attention_chunk_size": 4}  # fmt: skip
 
 
 def architecture_for(objective: str):
@@ -211,77 +207,3 @@ def exact_loss(trainer: Trainer, config: ObjectiveConfig) -> None:
         return (loss, outputs) if return_outputs else loss
 
     trainer.compute_loss = compute_loss
-
-
-# ---- what the model makes of masks and positions -------------------------------------------------
-
-# What `_probe` asks about: two rows of ids `(2, 16)` and the part of each before its border.
-IDS, BORDERS = torch.arange(32).view(2, 16) * 7 % 61 + 1, torch.tensor([[6], [9]])
-BEFORE = torch.arange(16) < BORDERS
-
-
-def check_isolation(config: PreTrainedConfig, attn_implementation: str | None) -> None:
-    """Raises UserError unless restarting `position_ids` keep documents apart, tried on a small copy of the model.
-
-    transformers isolates by positions only where there is neither attention mask nor cache, and not in
-    every architecture. For the try flex_attention is compiled, which takes most of a minute.
-    """
-    positions = torch.arange(16) - torch.where(BEFORE, 0, BORDERS)
-
-    def isolates(logits):
-        both = logits(input_ids=IDS, position_ids=positions)[~BEFORE]
-        changed = logits(input_ids=torch.where(BEFORE, IDS + 1, IDS), position_ids=positions)[~BEFORE]
-        alone = torch.cat([logits(input_ids=row[None, border:])[0] for row, border in zip(IDS, BORDERS, strict=True)])
-        return _same(both, changed) and _same(both, alone)
-
-    choices = "use sdpa or eager and an architecture that goes by positions, such as llama, or set it to false"
-    _probe(
-        config, attn_implementation, isolates, "isolate_documents: {} {}: " + choices, "lets documents see each other"
-    )
-
-
-def check_prefix(config: PreTrainedConfig, attn_implementation: str | None, length: int) -> None:
-    """Raises UserError unless the model obeys the mask of `prefix`. Eager attention would add its ones to the scores."""
-    if (window := getattr(config, "sliding_window", None) or length) < length:
-        raise UserError(f"objective prefix: its mask would override sliding_window {window}: raise it to {length}")
-    mask = collate([prefix(np.arange(16), None, split=int(border)) for border in BORDERS])["attention_mask"]
-
-    def obeys(logits):
-        both = logits(input_ids=IDS, attention_mask=mask)
-        suffix = logits(input_ids=torch.where(BEFORE, IDS, IDS + 1), attention_mask=mask)
-        inside = logits(input_ids=torch.where(torch.arange(16) == BORDERS - 1, IDS + 1, IDS), attention_mask=mask)
-        return _same(both[BEFORE], suffix[BEFORE]) and not _same(both[:, 0], inside[:, 0])
-
-    choices = "use sdpa and an architecture such as llama, or objective causal"
-    _probe(config, attn_implementation, obeys, "objective prefix: {} {}: " + choices, "does not obey the mask")
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal but for rounding, which is below 1e-6 of the largest logit; the smallest leak seen is 2e-3 of it."""
-    return bool((a - b).abs().max() < 1e-5 * b.abs().max())
-
-
-def _probe(config: PreTrainedConfig, attn_implementation: str | None, holds: Callable, sentence: str, fault: str):
-    """Raises UserError unless `holds(logits)` of a random copy of the causal LM of `config`, on the CPU.
-
-    The copy has few ids and the first layers, as many as have all of `layer_types`; attention keeps its size.
-    `sentence` has a place for the model and one for the `fault`, or for what the model raised.
-    """
-    kinds, layers = config.to_dict().get("layer_types") or [], 2
-    while set(kinds[:layers]) != set(kinds):
-        layers += 1
-    try:
-        small = type(config).from_dict(config.to_dict(), attn_implementation=attn_implementation)
-        small.pad_token_id, small.num_hidden_layers = None, min(layers, config.num_hidden_layers)
-        for key, value in (SMALL | ({"layer_types": kinds[:layers]} if kinds else {})).items():
-            if getattr(small, key, None):
-                setattr(small, key, value)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
-            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](small).float().eval()
-            if holds(lambda **inputs: model(**inputs, use_cache=False).logits):
-                return
-    except Exception as error:  # whatever an architecture raises that does not take these inputs
-        fault = f"cannot be tried ({str(error).splitlines()[0][:120]})"
-    name = f"{config.model_type} with attn_implementation {attn_implementation or 'left to its default'}"
-    raise UserError(sentence.format(name, fault))

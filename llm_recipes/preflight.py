@@ -32,9 +32,10 @@ from llm_recipes.errors import UserError
 from llm_recipes.launch import asked_strategy, idle_devices, state_bytes
 from llm_recipes.metrics import meta_model, parameter_count
 from llm_recipes.monitor import monitor_problems
-from llm_recipes.objectives import architecture_for, check_isolation, check_prefix, objective_problems
+from llm_recipes.objectives import architecture_for, objective_problems
 from llm_recipes.optimizers import optimizer_problems, own_optimizer
 from llm_recipes.outputs import output_problems, repo_id
+from llm_recipes.probes import check_isolation, check_prefix
 from llm_recipes.sampling import prompt_problems
 from llm_recipes.stability import spike_guard_problems
 
@@ -186,7 +187,7 @@ def plan(
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     sizes = f"{batches.size:,} windows of {length} tokens" if batches.size else "a stream"
     epochs = f", {sequences / batches.size:.2f} epochs" if batches.size else ""
-    ramp = f"; {', '.join(f'{size} for {batches.stage_steps} steps' for size in batches.stages[:-1])} before"
+    ramp = ", then ".join(f"{stage} steps of {size}" for size, stage in batches.stages)
     example = next(iter(train)) if evaluation is None else evaluation[0]
     targets = example["labels"][example["labels"] >= 0]
     lines = [
@@ -200,7 +201,7 @@ def plan(
         (
             "batch",
             f"{batch} sequences = {processes} x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
-            f"accumulation; {batch * length:,} tokens a step{ramp if batches.stages[1:] else ''}",
+            f"accumulation; {batch * length:,} tokens a step{f', after {ramp}' if ramp else ''}",
         ),
         ("steps", f"{steps:,}: {tokens:,} tokens{epochs}, {tokens / parameters:.1f} a parameter"),
         ("strategy", f"{strategy}, {processes}, {args.device.type}, {dtype}; seed {args.seed}"),

@@ -41,7 +41,7 @@ def windows_dataset(n=40, length=16, vocab=50):
 
 
 def test_steps_cover_the_epochs_in_order():
-    batches = Batches(10, Args(micro=4, max_steps=5), None)
+    batches = Batches(10, 16, Args(micro=4, max_steps=5), None)
     assert [flat(batches, s) for s in range(5)] == [list(range(4 * s, 4 * s + 4)) for s in range(5)]
     assert len(batches) == batches.steps == 5 and list(batches)[1] == [[4, 5, 6, 7]]
 
@@ -53,10 +53,12 @@ def test_world_size_and_micro_batch_change_nothing(world_size, micro, accumulati
     ramp = None if world_size == 16 else ramp
     for step in range(6):
         parts = [
-            Batches(100, Args(micro=micro, accumulation=accumulation, world_size=world_size, rank=r, max_steps=6), ramp)
+            Batches(
+                100, 16, Args(micro=micro, accumulation=accumulation, world_size=world_size, rank=r, max_steps=6), ramp
+            )
             for r in range(world_size)
         ]
-        whole = Batches(100, Args(micro=16, max_steps=6), ramp)
+        whole = Batches(100, 16, Args(micro=16, max_steps=6), ramp)
         assert [p for part in parts for p in flat(part, step)] == flat(whole, step)
         assert all(
             len(m) <= micro and len(m) == len(ms[0]) for part in parts for ms in [part.positions(step)] for m in ms
@@ -65,8 +67,8 @@ def test_world_size_and_micro_batch_change_nothing(world_size, micro, accumulati
 
 def test_ramp_by_hand():
     """2 for 3 steps, 6 for 3 steps, then the full 8 (the factor would overshoot to 18)."""
-    batches = Batches(100, Args(micro=2, accumulation=4, max_steps=8), Ramp(start=2, steps=3, factor=3))
-    assert batches.stages == [2, 6, 8]
+    batches = Batches(100, 16, Args(micro=2, accumulation=4, max_steps=8), Ramp(start=2, steps=3, factor=3))
+    assert batches.stages == [(2, 3), (6, 3)]
     assert [len(flat(batches, s)) for s in range(8)] == [2, 2, 2, 6, 6, 6, 8, 8]
     assert [len(batches.positions(s)) for s in (0, 3, 6)] == [1, 3, 4]  # accumulation grows, the micro-batch stays
     assert [p for s in range(8) for p in flat(batches, s)] == list(range(40))
@@ -75,33 +77,39 @@ def test_ramp_by_hand():
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1.0, 25), (0.04, 1), (2.0, 50), (1.01, 26)])
 def test_epochs_become_steps(epochs, steps):
-    assert Batches(100, Args(micro=4, epochs=epochs), None).steps == steps
+    assert Batches(100, 16, Args(micro=4, epochs=epochs), None).steps == steps
+
+
+def test_ramp_by_tokens():
+    """64 tokens a stage in windows of 16: 2 steps of 2, 1 of 4, then the full 8."""
+    batches = Batches(100, 16, Args(micro=8, max_steps=5), Ramp(start=2, tokens=64))
+    assert [len(flat(batches, s)) for s in range(5)] == [2, 2, 4, 8, 8]
 
 
 def test_epochs_become_steps_with_a_ramp():
     """100 windows: 5 steps of 2, 5 of 4, then 70 more in batches of 8."""
-    assert Batches(100, Args(micro=8), Ramp(2, 5)).steps == 5 + 5 + 9
-    assert Batches(25, Args(micro=8), Ramp(2, 5)).steps == 5 + 4
+    assert Batches(100, 16, Args(micro=8), Ramp(2, 5)).steps == 5 + 5 + 9
+    assert Batches(25, 16, Args(micro=8), Ramp(2, 5)).steps == 5 + 4
 
 
 @pytest.mark.parametrize(
     ("ramp", "world_size", "message"),
-    [(Ramp(16, 5), 1, "start must lie between 0 and the full batch of 16"), (Ramp(2, 0), 1, "steps at least 1"),
-     (Ramp(2, 5, 1), 1, "factor be at least 2"), (Ramp(3, 5), 2, "a batch of 3 does not divide over 2 processes")],
+    [(Ramp(2), 1, "set steps or tokens"), (Ramp(16, 5), 1, "start must lie between 0 and the full batch of 16"), (Ramp(2, 0), 1, "steps or tokens at least 1"),
+     (Ramp(2, 5, factor=1), 1, "factor be at least 2"), (Ramp(3, 5), 2, "a batch of 3 does not divide over 2 processes")],
 )  # fmt: skip
 def test_ramps_that_do_not_fit(ramp, world_size, message):
     with pytest.raises(UserError, match=message):
-        Batches(100, Args(micro=16 // world_size, world_size=world_size, max_steps=9), ramp)
+        Batches(100, 16, Args(micro=16 // world_size, world_size=world_size, max_steps=9), ramp)
 
 
 def test_batch_left_out(tmp_path):
     """The other batches move up; what came before stays; a new start reads it from the file; rank 1 writes nothing."""
-    batches = Batches(100, Args(tmp_path, max_steps=10), None)
+    batches = Batches(100, 16, Args(tmp_path, max_steps=10), None)
     before = [flat(batches, s) for s in range(10)]
     assert batches.leave_out(3) == 3 and batches.leave_out(5) == 6
     assert [flat(batches, s) for s in range(8)] == before[:3] + before[4:6] + before[7:10]
     assert json.loads((tmp_path / "left_out_batches.json").read_text()) == [3, 6]
-    again = Batches(100, Args(tmp_path, max_steps=10), None)
+    again = Batches(100, 16, Args(tmp_path, max_steps=10), None)
     assert [flat(again, s) for s in range(8)] == [flat(batches, s) for s in range(8)]
     assert batches.sequences(8) == 32
 
@@ -150,7 +158,7 @@ def trainer_of(tmp_path, ramp=None, guard=None, **keys):
         **({"save_strategy": "no"} | settings),
     )
     examples = Examples(windows_dataset(), causal, 0, shuffle=True)
-    batches = Batches(40, args, ramp)
+    batches = Batches(40, 16, args, ramp)
     trainer = Trainer(tiny_model(), args, collate, examples)
     exact_loss(trainer, ObjectiveConfig())
     train_on(trainer, examples, batches, flops_per_example=10.0)
@@ -236,7 +244,7 @@ def test_ramp_in_a_run(tiny):
     config = tiny(**keys)
     straight = run("--config", config)
     assert straight.code == 0, straight.err
-    assert "2 for 3 steps, 4 for 3 steps before" in straight.out
+    assert "after 3 steps of 2, then 3 steps of 4" in straight.out
     assert json.loads(Path("out/metrics.json").read_text())["tokens"] == (3 * 2 + 3 * 4 + 4 * 8) * 32
     stopped = run("--config", config, "--output_dir", "two", fault="kill_in_save:2:2")
     assert stopped.code != 0

@@ -24,8 +24,6 @@ from llm_recipes.errors import UserError
 from llm_recipes.objectives import (
     architecture_for,
     causal,
-    check_isolation,
-    check_prefix,
     collate,
     exact_loss,
     example_lengths,
@@ -37,6 +35,7 @@ from llm_recipes.objectives import (
     span_corruption,
     span_counts,
 )
+from llm_recipes.probes import check_isolation, check_prefix
 from llm_recipes.tokenization import train_tokenizer
 
 EOS = 1

@@ -58,7 +58,7 @@ def main():
     # 3. Windows, and which of them each step trains on. One process tokenizes; the others wait, then read the same file.
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     train_windows, eval_windows, report, digests = make_windows(documents, tokenizer, windows, batch_size, args)
-    batches = Batches(None if windows.streaming else len(train_windows), args, optimization.batch_size_ramp)
+    batches = Batches(None if windows.streaming else len(train_windows), length, args, optimization.batch_size_ramp)
 
     # 4. Windows become inputs and labels; all noise follows from the seed and the place in the run
     learn, hold = (make_objective(objective, tokenizer, length, held_out) for held_out in (False, True))
