@@ -13,8 +13,16 @@ from tests.running import TINY_MODEL, launch, run
 KEYS = {
     "eval_fraction": 0.7,  # so little to train on that the second epoch begins within the run
     "global_batch_size": 8, "max_steps": 8, "save_steps": 4, "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine",
-    "model_config": TINY_MODEL | {"tie_word_embeddings": True},
+    "model_config": TINY_MODEL | {"tie_word_embeddings": True}, "batch_size_ramp": {"start": 4, "steps": 2},
 }  # fmt: skip
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+T5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
 
 
 def curve(folder="out"):
@@ -35,19 +43,34 @@ def difference(first, second):
 )
 def test_two_processes_learn_what_one_learns(tiny, config, fault, shards):
     """Loss and gradient norm of every step within 2e-5, final weights within 1e-4, in fp32; sums in another order."""
-    path = tiny(**KEYS, output_dir="one")
-    one = run("--config", path)
-    assert one.code == 0, one.err
-    two = launch(config, "--config", path, "--output_dir", "two", fault=fault)
-    assert two.code == 0, two.err[-3000:]
+    two = compare_one_and_two(tiny(**KEYS, output_dir="one"), config, fault)
     assert (
         f"{shards}, 2 processes, cpu, fp32" in two.out and "8 sequences = 2 processes x 2 x 2 accumulation" in two.out
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "objective", "model"),
+    [("ddp", "masked", BERT), ("zero3", "span_corruption", T5), ("zero2", "prefix", TINY_MODEL)],
+)
+def test_two_processes_learn_every_objective(tiny, config, objective, model):
+    """The library multiplies the losses of BERT and T5 by processes and accumulation; prefixes differ in their targets."""
+    keys = {"objective": objective, "model_config": model, "eval_fraction": 0.2}
+    compare_one_and_two(tiny(**KEYS | keys, output_dir="one"), config)
+
+
+def compare_one_and_two(path, config, fault=""):
+    """Trains with one process and with two, and holds the second to the first; returns the second's result."""
+    one = run("--config", path, "--output_dir", "one")
+    assert one.code == 0, one.err
+    two = launch(config, "--config", path, "--output_dir", "two", fault=fault)
+    assert two.code == 0, two.err[-3000:]
     worst = max(abs(x - y) for a, b in zip(curve("one"), curve("two"), strict=True) for x, y in zip(a, b, strict=True))
     assert worst < 2e-5 and difference("one", "two") < 1e-4
     first, second = (json.loads(Path(f, "metrics.json").read_text()) for f in ("one", "two"))
     assert first["eval_loss"] == pytest.approx(second["eval_loss"], abs=2e-5) and first["tokens"] == second["tokens"]
     assert all(damage(p) is None for p in checkpoints("two"))
+    return two
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero3"])
