@@ -30,7 +30,9 @@ def options(description: str, **own) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=own.pop("steps"), help="optimizer steps of a run")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT, to run its own train.py too")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every side")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of every side; on a busy machine threads wait for each other"
+    )
     parser.add_argument("--output", type=Path, help="JSON with every raw figure")
     for name, default in own.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -75,7 +77,8 @@ def hand_loop(ids: np.ndarray, vocab_size: int, steps: int, seed: int) -> GPT2LM
     transformers' GPT-2 with nanoGPT's GELU and without a cache, and fused AdamW, run as fast as nanoGPT's own.
     """
     torch.manual_seed(seed)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, activation_function="gelu", use_cache=False, **SHAPE))
+    own = {"activation_function": "gelu", "use_cache": False, "bos_token_id": None, "eos_token_id": None}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, **own, **SHAPE))
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import ROOT, TEXT, clocked, hand_loop, nanogpt, nats, options, recipe, start
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from llm_recipes.config import DataConfig, Source, load_yaml
 from llm_recipes.datasets import load_documents
@@ -36,7 +36,7 @@ def ours():
     steps = ["--max_steps", args.ours, "--warmup_steps", 0] if args.ours else []
     recipe(
         "--config", YAML, "--datasets", datasets, "--seed", args.seed, *steps,
-        "--eval_strategy", "no", "--sample_prompts", "[]", "--output_dir", args.folder / "out",
+        "--eval_strategy", "no", "--save_strategy", "no", "--sample_prompts", "[]", "--output_dir", args.folder / "out",
     )  # fmt: skip
 
 
@@ -74,9 +74,12 @@ def score(side: str, folder: Path) -> float:
 
 
 def main():
-    print(f"{args.threads} threads; our training text ends at character {trained_on(0):,}, the scored one starts at {FIRST:,}")
+    logging.disable_progress_bar()
+    print(
+        f"{args.threads} threads; our training text ends at character {trained_on(0):,}, the scored one starts at {FIRST:,}"
+    )
     assert trained_on(0) <= FIRST
-    print(f"{'seed':<6}{'side':<10}{'loop s':>10}{'process s':>12}{'loss':>10}", flush=True)
+    print(f"{'seed':<6}{'side':<10}{'loop s':>12}{'CPU s':>12}{'process s':>12}{'loss':>12}", flush=True)
     seeds = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
@@ -84,9 +87,10 @@ def main():
             for side in SIDES:
                 where = Path(folder) / f"{side}{seed}"
                 run = start(side, seed, where, args)
-                seconds, loss = run["wall"][-1] - run["wall"][0], score(side, where)
-                row[side] = {"loop": seconds, "cpu": run["cpu"][-1] - run["cpu"][0], "process": run["process"], "loss": loss}
-                print(f"{seed:<6}{side:<10}{seconds:>10.1f}{run['process']:>12.1f}{loss:>10.4f}", flush=True)
+                last = -1 if side == "ours" else args.steps - 1  # nanoGPT evaluates, saves and takes one step more
+                loop, cpu = (run[clock][last] - run[clock][0] for clock in ("wall", "cpu"))
+                row[side] = {"loop": loop, "cpu": cpu, "process": run["process"], "loss": score(side, where)}
+                print(f"{seed:<6}{side:<10}" + "".join(f"{value:>12.4g}" for value in row[side].values()), flush=True)
             seeds.append(row)
     ratios = {}
     for other in [side for side in SIDES if side != "ours"]:

@@ -15,13 +15,7 @@ KEYS = {
     "global_batch_size": 8, "max_steps": 8, "save_steps": 4, "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine",
     "model_config": TINY_MODEL | {"tie_word_embeddings": True}, "batch_size_ramp": {"start": 4, "steps": 2},
 }  # fmt: skip
-BERT = {
-    "model_type": "bert",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
+BERT = TINY_MODEL | {"model_type": "bert", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 T5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
 
 
