@@ -7,6 +7,7 @@ resume, and with any micro-batch. So a batch may grow during the run, and a bad 
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback, Training
 from llm_recipes import _compat
 from llm_recipes.config import Ramp, micro_batch
 from llm_recipes.errors import UserError
-from llm_recipes.objectives import collate
+from llm_recipes.objectives import collate, targets_of
+
+LEFT_OUT = "left_out_batches.json"
 
 
 class Examples(torch.utils.data.Dataset):
@@ -83,8 +86,12 @@ class Batches(torch.utils.data.Sampler):
         self.batch_size = self.limit * args.gradient_accumulation_steps * args.world_size
         self.stages = self._stages(ramp, length) if ramp else []
         self.steps = args.max_steps if args.max_steps > 0 else self._steps_of(math.ceil(args.num_train_epochs * size))
-        self.file, self.left_out = Path(args.output_dir) / "left_out_batches.json", []
-        if self.file.is_file():
+        if (ramped := sum(steps for _, steps in self.stages)) >= self.steps:
+            raise UserError(
+                f"batch_size_ramp: the full batch comes after {ramped} steps, and the run has {self.steps}: shorten the ramp"
+            )
+        self.file, self.left_out = Path(args.output_dir) / LEFT_OUT, []
+        if self.file.is_file() and any(self.file.parent.glob("checkpoint-*")):  # without one, the run starts afresh
             self.left_out = json.loads(self.file.read_text())
 
     def _stages(self, ramp: Ramp, length: int) -> list[tuple[int, int]]:
@@ -145,7 +152,9 @@ class Batches(torch.utils.data.Sampler):
         batch = self.batch(step)
         self.left_out.append(batch)
         if self.rank == 0:
-            self.file.write_text(json.dumps(self.left_out))
+            partial = self.file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.left_out))
+            os.replace(partial, self.file)
         return batch
 
     def __len__(self) -> int:
@@ -182,7 +191,7 @@ class _Epochs(TrainerCallback):
             self.flow.on_epoch_end(args, state, control)
 
 
-def train_on(trainer: Trainer, examples: Examples, batches: Batches, flops_per_example: float) -> None:
+def train_on(trainer: Trainer, examples: Examples, batches: Batches, objective: str, flops_per_example: float) -> None:
     """Makes `trainer` take its steps from `batches`. Call it once, before `train`.
 
     For the Trainer a step is one batch: it is accumulated here, so the number of micro-batches may
@@ -192,7 +201,6 @@ def train_on(trainer: Trainer, examples: Examples, batches: Batches, flops_per_e
     args, accelerator, training_step = trainer.args, trainer.accelerator, trainer.training_step
     args.gradient_accumulation_steps, args.max_steps = 1, batches.steps
     trainer.callback_handler.callbacks.insert(1, _Epochs(batches))
-    shifted = trainer.model.loss_type == "ForCausalLM"  # such a model predicts labels[:, 1:]
 
     def dataloader():
         return torch.utils.data.DataLoader(
@@ -203,8 +211,8 @@ def train_on(trainer: Trainer, examples: Examples, batches: Batches, flops_per_e
 
     def next_step(iterator, _, device):
         micro_batches = next(iterator)
-        labels = (batch["labels"][..., 1:] if shifted else batch["labels"] for batch in micro_batches)
-        items = sum(int(np.count_nonzero(part.numpy() != -100)) for part in labels)
+        labels = (targets_of(batch["labels"].numpy(), objective) for batch in micro_batches)
+        items = sum(int(np.count_nonzero(part != -100)) for part in labels)
         if args.world_size > 1:
             items = torch.tensor(items, dtype=torch.int64, pin_memory=device.type == "cuda")
             items = items.to(device, non_blocking=True)

@@ -195,6 +195,7 @@ REFUSED = {
     "deepspeed": "the strategy comes from accelerate_configs/",
     "parallelism_config": "the strategy comes from accelerate_configs/",
     "accelerator_config": "it can change the batch behind global_batch_size's back",
+    "average_tokens_across_devices": "the loss of a step is the mean over all its targets, on whichever process",
 }
 
 MINIMUM = {

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from llm_recipes import _compat
 from llm_recipes.config import ModelConfig, ObjectiveConfig
 from llm_recipes.errors import UserError
-from llm_recipes.objectives import architecture_for
+from llm_recipes.objectives import SHIFTED, architecture_for
 
 # SDPA without the mask code of transformers. For unpadded causal windows there is nothing to mask beyond `is_causal`,
 # yet that code looks at position ids on every forward (the host waits for the device), and under torch.compile, where
@@ -51,7 +51,7 @@ def load_model(
         )
     options = {"attn_implementation": kernel}
     if model.model_name_or_path is None:
-        return _ready(from_scratch(config, args.seed, auto, **options))
+        return _ready(from_scratch(config, args.seed, auto, **options), objective.objective)
     options |= {
         "config": config,
         "revision": model.model_revision or "main",
@@ -62,12 +62,12 @@ def load_model(
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(f"model_name_or_path: {model.model_name_or_path} has no weights for {missing}")
-    return _ready(loaded)
+    return _ready(loaded, objective.objective)
 
 
-def _ready(model: PreTrainedModel) -> PreTrainedModel:
-    # GPT-2's class name tells the Trainer nothing: it would count the first label, which is no target
-    model.loss_type = model.loss_type or "ForCausalLM"
+def _ready(model: PreTrainedModel, objective: str) -> PreTrainedModel:
+    if objective in SHIFTED:  # GPT-2's class name tells the Trainer nothing: it would count the first label too
+        model.loss_type = "ForCausalLM"
     return model
 
 

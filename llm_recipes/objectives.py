@@ -5,7 +5,7 @@ the arrays of one example; all chance comes from that generator. `collate` stack
 have no padding. Label -100 is no target.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import numpy as np
@@ -18,10 +18,10 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     Trainer,
+    TrainingArguments,
 )
 
 from llm_recipes.config import ObjectiveConfig
-from llm_recipes.errors import UserError
 
 MASK = "<|mask|>"
 SHIFTED = ("causal", "prefix")  # position i predicts label i + 1; the others predict label i
@@ -35,8 +35,8 @@ def architecture_for(objective: str):
     }.get(objective, (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM))
 
 
-def objective_problems(config: ObjectiveConfig) -> list[str]:
-    """What is wrong with the values of `config`, each a sentence."""
+def objective_problems(config: ObjectiveConfig, args: TrainingArguments, given: Collection[str]) -> list[str]:
+    """What is wrong with the values of `config`, each a sentence; `given` are the keys that are not at their default."""
     problems = []
     if not 0 < config.noise_density < 1:
         problems.append(f"noise_density {config.noise_density} is not between 0 and 1")
@@ -44,6 +44,14 @@ def objective_problems(config: ObjectiveConfig) -> list[str]:
         problems.append(f"mean_span_length {config.mean_span_length} is below 1 token")
     if config.z_loss < 0:
         problems.append(f"z_loss {config.z_loss} is below 0")
+    if config.z_loss and args.use_liger_kernel:
+        problems.append("z_loss needs logits, which use_liger_kernel does not make: set one of them")
+    if args.label_smoothing_factor:
+        problems.append("label_smoothing_factor: losses here are cross-entropies in nats, in evaluation too: remove it")
+    noisy = {"noise_density": ("masked", "span_corruption"), "mean_span_length": ("span_corruption",)}
+    for key, objectives in noisy.items():
+        if key in given and config.objective not in objectives:
+            problems.append(f"{key} means nothing for objective {config.objective}: remove it")
     if config.isolate_documents and config.objective != "causal":
         problems.append(f"isolate_documents: only objective causal can, not {config.objective}")
     return problems
@@ -71,7 +79,8 @@ def make_objective(
 ) -> Callable[[np.ndarray, np.random.Generator], dict[str, np.ndarray]]:
     """The objective of `config` as a function of a window of `length` ids and its generator.
 
-    Held-out windows have the same number of targets each, or the Trainer's mean over batches would not be exact.
+    Held-out prefixes all have half a window: the Trainer's mean over batches is exact only if each example has the same
+    number of targets. (Masked windows of almost nothing but special tokens have fewer, and weigh too much by that.)
     """
     if config.objective == "prefix":
         return partial(prefix, split=length // 2 if held_out else None)
@@ -170,6 +179,11 @@ def example_lengths(config: ObjectiveConfig, length: int) -> tuple[int, int | No
     return length - noise + spans + 1, noise + spans + 1
 
 
+def targets_of(labels, objective: str):
+    """The part of labels `(B, T)` that a model of `objective` predicts; -100 in it is no target."""
+    return labels[:, 1:] if objective in SHIFTED else labels
+
+
 def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     """Stacks examples: integers as int64, masks as bool."""
     batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
@@ -185,25 +199,24 @@ def exact_loss(trainer: Trainer, config: ObjectiveConfig) -> None:
     The Trainer takes any model whose `forward` has `**kwargs` to divide its loss by the targets of
     the step. BERT, T5 and others return the mean of the micro-batch, and an auxiliary loss of experts
     is always one: those were multiplied by accumulation and processes. Here every model returns the
-    mean of its micro-batch, weighted with that micro-batch's share of the targets.
+    mean of its micro-batch, weighted with that micro-batch's share of the targets. Evaluation is
+    cross-entropy alone, without the experts' balance.
 
     z-loss: z_loss * mean(log(Z)^2) over the targets, Z the softmax normaliser (Chowdhery et al. 2022, PaLM, section 5).
     """
-    if config.z_loss and trainer.args.use_liger_kernel:
-        raise UserError("z_loss needs logits, which use_liger_kernel does not make: set one of them")
-    model_loss = trainer.compute_loss
+    model_loss, experts = trainer.compute_loss, getattr(trainer.model.config, "router_aux_loss_coef", 0.0)
     trainer.model_accepts_loss_kwargs = True  # so that the Trainer counts the targets, and does not divide again
 
     def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"]
         loss, outputs = model_loss(model, inputs, return_outputs=True)
-        targets = (labels[:, 1:] if config.objective in SHIFTED else labels) != -100
+        targets = targets_of(inputs["labels"], config.objective) != -100
         if config.z_loss and model.training:
-            logits = outputs["logits"][:, : targets.shape[1]].float()
-            loss = loss + config.z_loss * logits.logsumexp(-1)[targets].square().mean()
-        # gradients are averaged over processes, and `num_items_in_batch` counts those of all of them
-        processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
-        loss = loss * (targets.sum() * processes / num_items_in_batch)
+            log_z = outputs["logits"][:, : targets.shape[1]].float().logsumexp(-1)
+            loss = loss + config.z_loss * (log_z.square() * targets).sum() / targets.sum()
+        if not model.training and (balance := getattr(outputs, "aux_loss", None)) is not None:
+            loss = loss - experts * balance
+        # gradients are averaged over processes, and `num_items_in_batch` counts the targets of all of them
+        loss = loss * (targets.sum() * trainer.accelerator.num_processes / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     trainer.compute_loss = compute_loss

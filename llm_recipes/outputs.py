@@ -145,7 +145,7 @@ def save_model(trainer: Trainer) -> None:
                 saved |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         model = meta_model(trainer.model.config)
         tied = set(getattr(model, "all_tied_weights_keys", {}))
-        expected = sum(p.numel() for name, p in model.named_parameters() if name not in tied)
+        expected = sum(t.numel() for name, t in model.state_dict().items() if name not in tied)  # buffers are saved too
         found = sum(size for name, size in saved.items() if name not in tied)
         if found != expected:
             raise RecipeExit(f"{folder}: the saved weights are not whole: {found:,} of {expected:,} numbers")
@@ -162,7 +162,7 @@ def write_results(
     if history:
         _loss_curve(history, folder / "loss.png")
     front = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation" if history else None, tags=["llm-recipes"],
+        library_name="transformers", pipeline_tag=_task(folder) if history else None, tags=["llm-recipes"],
         datasets=[path for path in sources if path.count("/") == 1 and not Path(path).exists()] or None,
     )  # fmt: skip
     shown = {
@@ -189,6 +189,13 @@ def write_results(
     )
 
 
+def _task(folder: Path) -> str:
+    """What the Hub calls the use of the model in `folder`."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    tasks = {"ForMaskedLM": "fill-mask", "ForConditionalGeneration": "text2text-generation"}
+    return next((task for suffix, task in tasks.items() if name.endswith(suffix)), "text-generation")
+
+
 def _loss_curve(history: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure  # only here: it is slow to import
 
@@ -213,7 +220,7 @@ def push(args, folder: Path | None = None, message: str = "End of training", tri
     """
     folder = folder or Path(args.output_dir)
     kinds = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".png", ".yaml")
-    ours = ("complete.json", "trainer_state.json")
+    ours = ("complete.json", "trainer_state.json", "spike_guard.json", "left_out_batches.json")
     files = [path for path in folder.iterdir() if path.is_file() and path.suffix in kinds]
     names = [path.name for path in files if path.name not in ours]
     api = HfApi()

@@ -15,6 +15,7 @@ from transformers import (
     get_scheduler,
 )
 from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 
 from llm_recipes.batches import Batches
 from llm_recipes.checkpoints import CHECKPOINT_BYTES
@@ -38,6 +39,17 @@ from llm_recipes.outputs import output_problems, repo_id
 from llm_recipes.probes import check_isolation, check_prefix
 from llm_recipes.sampling import prompt_problems
 from llm_recipes.stability import spike_guard_problems
+
+# Keys of the Trainer's own data loader, whose place `batches.train_on` takes.
+UNUSED = {
+    "data_seed": "the order follows from seed",
+    "train_sampling_strategy": "the order follows from seed",
+    "dataloader_drop_last": "no window is left out to fill batches",
+    "dataloader_persistent_workers": "the workers live as long as the run anyway",
+    "dataloader_multiprocessing_context": "workers are started in the platform's own way",
+    "dataloader_in_order": "batches come in order",
+    "include_num_input_tokens_seen": "tokens are in metrics.json",
+}
 
 
 def architecture(model: ModelConfig, tokenizer, objective: str = "causal") -> PreTrainedConfig:
@@ -106,7 +118,14 @@ def preflight(
             f"sequence_length {windows.sequence_length} is longer than the model's max_position_embeddings {context}"
         )
     problems += prompt_problems(tokenizer, run.sample_prompts, objective.objective, context)
-    problems += objective_problems(objective)
+    problems += objective_problems(objective, args, run.resolved)
+    problems += [
+        f"{key} is not taken here: {why}"
+        for key, why in UNUSED.items()
+        if key in run.resolved and not windows.streaming
+    ]
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        problems.append("use_liger_kernel: liger-kernel is not installed: pip install -e '.[gpu]'")
     if args.max_steps > 0:
         problems += _schedule_problems(args, args.max_steps)
     if args.eval_strategy != "no" and not data.eval_fraction:
@@ -136,12 +155,11 @@ def preflight(
 def _schedule_problems(args: TrainingArguments, steps: int) -> list[str]:
     """Parts of the schedule that do not fit into `steps`; the library would start deep in the decay."""
     decay = (args.lr_scheduler_kwargs or {}).get("num_decay_steps", 0)
-    if args.warmup_steps >= steps:
-        return [f"warmup_steps {args.warmup_steps:g} is not below the {steps} steps of the run"]
-    if args.warmup_steps + decay > steps:
-        return [
-            f"warmup_steps {args.warmup_steps:g} and num_decay_steps {decay} are more than the {steps} steps of the run"
-        ]
+    warmup = args.get_warmup_steps(steps)  # a value below 1 is a share of the steps
+    if warmup >= steps:
+        return [f"warmup_steps {warmup:g} is not below the {steps} steps of the run"]
+    if warmup + decay > steps:
+        return [f"warmup_steps {warmup:g} and num_decay_steps {decay} are more than the {steps} steps of the run"]
     return []
 
 
@@ -208,9 +226,10 @@ def plan(
         ("strategy", idle_devices()),
         (
             "memory",
-            f"{state_bytes(strategy, args.world_size) * parameters / 1e6:,.0f} MB a device for weights, gradients and Adam states, activations on top",
+            f"{state_bytes(strategy, args.world_size) * parameters / 1e6:,.0f} MB a device for weights, gradients and AdamW's states, activations on top",
         ),
         ("output", f"{args.output_dir}; a checkpoint is about {CHECKPOINT_BYTES * parameters / 1e6:,.0f} MB"),
+        ("batches", f"{len(batches.left_out)} left out after rollbacks" if batches.left_out else None),
         ("hub", f"will push to {repo_id(args)}" if run.push_to_hub else None),
         ("example", repr(tokenizer.decode(example["input_ids"][:40]))),
         ("targets", repr(tokenizer.decode(targets[:40])) if len(targets) < len(example["input_ids"]) else None),

@@ -20,7 +20,8 @@ class Throughput(ProgressCallback):
     def __init__(self, tokens_until: Callable[[int], int]):
         super().__init__()
         self.tokens_until = tokens_until
-        self.session_tokens, self.tokens, self.seconds, self.marked, self.left_out = 0, 0, 0.0, (0, 0.0), self.WARMUP
+        self.tokens, self.seconds, self.marked, self.left_out = 0, 0.0, (0, 0.0), self.WARMUP
+        self.first, self.step = None, 0
 
     def _mark(self, *args, **kwargs):
         self.last = time.perf_counter()
@@ -33,7 +34,8 @@ class Throughput(ProgressCallback):
             self.training_bar = tqdm(
                 total=state.max_steps, initial=state.global_step, dynamic_ncols=True, disable=not bars
             )
-        self.current_step = state.global_step
+        self.current_step = self.step = state.global_step
+        self.first = state.global_step if self.first is None else self.first
         self._mark()
 
     def on_prediction_step(self, args, state, control, **kwargs):
@@ -52,12 +54,17 @@ class Throughput(ProgressCallback):
             time.perf_counter(),
             self.tokens_until(state.global_step) - self.tokens_until(state.global_step - 1),
         )
-        self.session_tokens += tokens  # of this start of the run, warm-up included
+        self.step = state.global_step
         if self.left_out:
             self.left_out -= 1
         else:
             self.tokens, self.seconds = self.tokens + tokens, self.seconds + now - self.last
         self.last = now
+
+    @property
+    def session_tokens(self) -> int:
+        """Tokens of this start of the run, warm-up included; what a rollback threw away is not counted."""
+        return self.tokens_until(self.step) - self.tokens_until(min(self.first, self.step))
 
     def tokens_per_second(self, since=(0, 0.0)) -> float | None:
         tokens, seconds = self.tokens - since[0], self.seconds - since[1]

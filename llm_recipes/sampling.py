@@ -11,8 +11,10 @@ def prompt_ids(tokenizer, prompt: str, objective: str) -> list[int]:
 
     Masks and sentinels in the prompt are what they look like; in training text they would stay text.
     """
+    before = tokenizer.backend_tokenizer.encode_special_tokens
     tokenizer.backend_tokenizer.encode_special_tokens = objective not in ("masked", "span_corruption")
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    tokenizer.backend_tokenizer.encode_special_tokens = before
     return [*ids, tokenizer.eos_token_id] if objective == "span_corruption" else [tokenizer.eos_token_id, *ids]
 
 

@@ -37,7 +37,7 @@ class Watch:
 
     `windows` is the pair (Examples, Batches) of a run whose steps are known beforehand; without it
     the ids of the micro-batches are kept until the step is judged. `history` `(2, window)` holds the
-    last losses and gradient norms that were no spikes, on the device.
+    losses and gradient norms of the last updates that were made, and `seen` their number, on the device.
     """
 
     def __init__(self, trainer: Trainer, guard: SpikeGuard | None, windows):
@@ -79,7 +79,7 @@ class Watch:
             self.bad = leave_out if self.bad is None else self.bad | leave_out
             leave_out = self.bad
         if self.guard:
-            self._remember(values, flag)
+            self._remember(values, leave_out)
         if self.deferred:
             self.trainer.optimizer.optimizer.found_inf = leave_out.to(torch.float32)
         else:
@@ -98,21 +98,17 @@ class Watch:
         return loss
 
     def _is_spike(self, values: torch.Tensor) -> torch.Tensor:
-        if self.seen < self.guard.window:
-            return torch.zeros((), dtype=torch.bool, device=values.device)
         mean, std = self._limits()
-        return (values > mean + self.guard.z * std).any()
+        return (values > mean + self.guard.z * std).any() & (self.seen >= self.guard.window)
 
-    def _limits(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return None if self.history is None else (self.history.mean(1), self.history.std(1))
+    def _limits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.history.mean(1), self.history.std(1)
 
-    def _remember(self, values: torch.Tensor, flag: torch.Tensor) -> None:
-        """A spike must not raise the limit for the next one: the mean takes its place."""
-        if self.history is None:
-            self.history = torch.zeros(2, self.guard.window, device=values.device)
-        mean = self.history.sum(1) / max(1, min(self.seen, self.guard.window))
-        self.history[:, self.seen % self.guard.window] = torch.where(flag > 0, mean, values)
-        self.seen += 1
+    def _remember(self, values: torch.Tensor, left_out: torch.Tensor) -> None:
+        """A step that is left out must not raise the limit for the next one."""
+        longer = torch.cat([self.history[:, 1:], values[:, None]], dim=1)
+        self.history = torch.where(left_out, self.history, longer)
+        self.seen = self.seen + ~left_out
 
     def check(self) -> None:
         """Looks at the steps since the last look: the one moment when the host waits for the device.
@@ -172,22 +168,29 @@ class Watch:
             return [f"[{' '.join(map(str, row[:8]))} ...]" for row in rows]
         return find_rows(rows, self.trainer.train_dataset)
 
+    def figures(self) -> dict[str, int]:
+        """What was done in this run, for metrics.json; nothing when there is nothing to say."""
+        left_out = self.windows[1].left_out if self.windows else []
+        found = {"updates_skipped": len(self.skipped), "batches_left_out": len(left_out)}
+        return {key: count for key, count in found.items() if count}
+
     def save(self, folder: Path) -> None:
         """Puts what the guard remembers into a checkpoint, so that a resume decides as the run would have."""
         if self.guard and self.trainer.args.process_index == 0:
-            history = None if self.history is None else self.history.tolist()
-            state = {"seen": self.seen, "history": history, "skipped": self.skipped, "in_a_row": self.in_a_row}
-            (folder / FILE).write_text(json.dumps(state))
+            state = {"seen": self.seen.item(), "history": self.history.tolist()}
+            (folder / FILE).write_text(json.dumps(state | {"skipped": self.skipped, "in_a_row": self.in_a_row}))
 
     def load(self, folder: str | None) -> None:
         """Takes up what `save` left in the checkpoint that the run resumes from."""
         self.clear()
-        self.history, self.seen, self.skipped, self.in_a_row = None, 0, [], 0
+        state = {"seen": 0, "history": None, "skipped": [], "in_a_row": 0}
         if self.guard and folder and (Path(folder) / FILE).is_file():
             state = json.loads((Path(folder) / FILE).read_text())
-            self.seen, self.skipped, self.in_a_row = state["seen"], state["skipped"], state["in_a_row"]
-            if state["history"] is not None:
-                self.history = torch.tensor(state["history"], device=self.trainer.args.device)
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        if self.guard:
+            device = self.trainer.args.device
+            self.seen = torch.tensor(state["seen"], device=device)
+            self.history = torch.tensor(state["history"] or [[0.0] * self.guard.window] * 2, device=device)
 
 
 def find_rows(rows: list[np.ndarray], dataset: Dataset) -> list[int]:

@@ -1,5 +1,6 @@
 """Runs recipes in child processes forked from a server that has the slow imports done, with faults on request."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -181,6 +182,7 @@ def poison_step(step: int):
 
     forward, armed = LlamaForCausalLM.forward, [False]
 
+    @functools.wraps(forward)  # the Trainer reads its signature
     def poisoned(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
         if self.training and armed.pop():

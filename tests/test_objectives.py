@@ -452,11 +452,18 @@ def test_examples_depend_on_window_and_generator_alone(tokenizer, objective, hel
 
 
 def test_problems_of_a_configuration():
-    assert objective_problems(ObjectiveConfig()) == objective_problems(ObjectiveConfig(isolate_documents=True)) == []
-    assert objective_problems(ObjectiveConfig("masked", 1.0, 0.5, True, -1.0)) == [
+    args = SimpleNamespace(use_liger_kernel=False, label_smoothing_factor=0.0)
+    for config in (ObjectiveConfig(), ObjectiveConfig(isolate_documents=True), ObjectiveConfig("masked", 0.3)):
+        assert objective_problems(config, args, {"noise_density"} if config.objective == "masked" else ()) == []
+    args = SimpleNamespace(use_liger_kernel=True, label_smoothing_factor=0.1)
+    config = ObjectiveConfig("masked", 1.0, 0.5, True, -1.0)
+    assert objective_problems(config, args, {"noise_density", "mean_span_length", "z_loss"}) == [
         "noise_density 1.0 is not between 0 and 1",
         "mean_span_length 0.5 is below 1 token",
         "z_loss -1.0 is below 0",
+        "z_loss needs logits, which use_liger_kernel does not make: set one of them",
+        "label_smoothing_factor: losses here are cross-entropies in nats, in evaluation too: remove it",
+        "mean_span_length means nothing for objective masked: remove it",
         "isolate_documents: only objective causal can, not masked",
     ]
 
@@ -573,20 +580,25 @@ def test_the_loss_of_experts_is_not_multiplied_either(tmp_path):
     assert exact[0] == pytest.approx(alone[0], rel=1e-5)
 
 
-@pytest.mark.parametrize(("across", "weight"), [(True, 2 * 4 / 16), (False, 4 / 16)])
-def test_the_mean_over_processes_is_undone(across, weight):
+def test_the_mean_over_processes_is_undone():
     """5 labels are 4 targets of the 16 of the step; gradients of 2 processes are averaged."""
+    model = SimpleNamespace(training=True, config=SimpleNamespace())
     trainer = SimpleNamespace(
-        args=SimpleNamespace(average_tokens_across_devices=across), accelerator=SimpleNamespace(num_processes=2),
+        accelerator=SimpleNamespace(num_processes=2), model=model,
         compute_loss=lambda model, inputs, return_outputs: (torch.tensor(3.0), {}),
     )  # fmt: skip
     exact_loss(trainer, ObjectiveConfig())
-    assert trainer.compute_loss(None, {"labels": torch.arange(5)[None]}, num_items_in_batch=16) == 3 * weight
+    assert trainer.compute_loss(model, {"labels": torch.arange(5)[None]}, num_items_in_batch=16) == 3 * 2 * 4 / 16
 
 
-def test_z_loss_and_liger_exclude_each_other(tmp_path):
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    trainer = Trainer(model_of(LLAMA), args)
-    args.use_liger_kernel = True
-    with pytest.raises(UserError, match="z_loss needs logits"):
-        exact_loss(trainer, ObjectiveConfig(z_loss=1e-4))
+def test_evaluation_leaves_out_the_balance_of_experts(tmp_path):
+    """With a balance loss of weight 1 the held-out loss is still the cross-entropy by hand."""
+    keys = MIXTRAL | {"output_router_logits": True, "router_aux_loss_coef": 1.0}
+    model, rows = model_of(keys, "causal"), rows_of("causal")
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], per_device_eval_batch_size=len(rows))
+    trainer = Trainer(model, args, collate, eval_dataset=rows)
+    exact_loss(trainer, ObjectiveConfig())
+    batch = collate(rows)
+    logits = model.eval()(input_ids=batch["input_ids"]).logits
+    expected = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)

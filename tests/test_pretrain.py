@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -313,6 +314,27 @@ BAD = {
         "isolate_documents: bloom with attn_implementation left to its default lets documents see each other",
     ),
     "noise": ({"noise_density": 1.5}, "noise_density 1.5 is not between 0 and 1"),
+    "noise of nothing": ({"mean_span_length": 2.0}, "mean_span_length means nothing for objective causal"),
+    "smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: losses here are cross-entropies in nats"),
+    "liger": ({"use_liger_kernel": True}, "use_liger_kernel: liger-kernel is not installed"),
+    "order": ({"data_seed": 7}, "data_seed is not taken here: the order follows from seed"),
+    "sampling": ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy is not taken here"),
+    "share of warm-up": (
+        {
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 3},
+            "warmup_steps": 0.5,
+        },
+        "warmup_steps 2 and num_decay_steps 3 are more than the 4 steps of the run",
+    ),
+    "mean over ranks": (
+        {"average_tokens_across_devices": False},
+        "the loss of a step is the mean over all its targets",
+    ),
+    "ramp too long": (
+        {"batch_size_ramp": {"start": 2, "steps": 4}},
+        "the full batch comes after 4 steps, and the run has 4",
+    ),
     "two optimizers": ({"optimizer": "lion", "optim": "sgd"}, "optimizer: lion and optim: sgd are two optimizers"),
     "optimizer option": ({"optimizer": "muon", "optim_args": "momentun=0.9"}, "muon has no option 'momentun'"),
     "ramp key": ({"batch_size_ramp": {"start": 2, "step": 3}}, "batch_size_ramp: unknown key `step`"),
@@ -413,6 +435,25 @@ def test_all_training_windows_are_used_and_held_out_ones_fill_batches(tiny):
     count = int(done.out.split(" windows of 32 tokens to train on")[0].split()[-1].replace(",", ""))
     assert count % 7 and "training windows left out" not in done.out
     assert int(done.out.split(" windows held out")[0].split()[-1]) % 7 == 0
+
+
+def test_every_data_key_of_the_trainer_works_or_is_refused():
+    """The Trainer's loader is ours: a new key of this kind in TrainingArguments must be looked at."""
+    from llm_recipes.config import REFUSED
+    from llm_recipes.preflight import UNUSED
+
+    names = {f.name for f in dataclasses.fields(TrainingArguments)}
+    found = {name for name in names if name.startswith(("data", "train_samp", "group_", "length_", "ignore_data"))}
+    works = {"dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"}
+    assert found - {"length_column_name"} == (works | UNUSED.keys() | REFUSED.keys()) & found
+
+
+def test_an_encoder_decoder_with_buffers_is_saved_whole(tiny):
+    """BART saves a buffer beside its weights; its card says what it is for."""
+    model = {"model_type": "bart", "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 64}  # fmt: skip
+    done = run("--config", tiny(objective="span_corruption", model_config=model))
+    assert done.code == 0 and "pipeline_tag: text2text-generation" in Path("out/README.md").read_text(), done.err
 
 
 def test_bf16_is_autocast(tiny):

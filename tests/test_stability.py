@@ -194,6 +194,17 @@ def test_limits_by_hand(tmp_path):
     assert values[0] > mean[0] + 6 * std[0]
 
 
+def test_a_new_level_is_no_spike_for_ever(tmp_path):
+    """With warn the update is made, so it counts: after a window at the new level nothing is said any more."""
+    watch = guarded(tmp_path, "warn").watch
+    noise, said = np.random.default_rng(0).normal(1.0, 0.05, 60), []
+    for step, value in enumerate(noise + (np.arange(60) >= 30)):
+        values = torch.tensor([value, 1.0])
+        said += [step] if watch._is_spike(values) else []
+        watch._remember(values, torch.tensor(False))
+    assert said[0] == 30 and said[-1] < 36
+
+
 def test_resume_remembers_the_window(tmp_path, capsys):
     """Stopped after step 8 and resumed, the guard judges step 10 by the steps before the stop."""
     straight = guarded(tmp_path / "a", "skip")
@@ -237,6 +248,7 @@ def test_rollback_in_a_run(tiny):
     done = run("--config", config, fault="poison_window:17:2")
     assert done.code == 0, done.err
     left_out = json.loads(Path("out/left_out_batches.json").read_text())
+    assert json.loads(Path("out/metrics.json").read_text())["batches_left_out"] == len(left_out)
     assert len(left_out) == done.out.count("is left out") >= 1
     assert json.loads(Path("out/metrics.json").read_text())["steps"] == 40
 

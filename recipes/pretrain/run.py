@@ -85,13 +85,13 @@ def main():
     )  # fmt: skip
     check_strategy(trainer.accelerator)
     flops = metrics.flops_per_example(config, *example_lengths(objective, length))
-    if not windows.streaming:
-        train_on(trainer, train_dataset, batches, flops)
-    exact_loss(trainer, objective)
     throughput = Throughput(lambda step: batches.sequences(step) * length)
     show_progress(trainer, throughput, Monitor(model, optimization.monitor))
+    if not windows.streaming:
+        train_on(trainer, train_dataset, batches, objective.objective, flops)
+    exact_loss(trainer, objective)
     known = None if windows.streaming else (train_dataset, batches)
-    protect(trainer, outputs.pusher(args, run.push_to_hub), optimization.spike_guard, known)
+    watch = protect(trainer, outputs.pusher(args, run.push_to_hub), optimization.spike_guard, known)
 
     # 8. Train, from the newest checkpoint that is whole
     trainer.train(resume_from_checkpoint=find_checkpoint(args, run.resume))
@@ -101,6 +101,7 @@ def main():
     results = metrics.measure(
         trainer, objective.objective, eval_dataset, tokenizer, throughput, flops / length, started
     )
+    results |= watch.figures()
     samples = sample(trainer, tokenizer, run.sample_prompts, objective.objective)
     if args.process_index == 0:
         origin = (
