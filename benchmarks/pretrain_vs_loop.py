@@ -3,7 +3,8 @@
     python benchmarks/pretrain_vs_loop.py [--rounds 5] [--steps 300] [--nanogpt ~/nanoGPT] [--output steps.json]
 
 GPT-2 of nanoGPT's CPU setting in fp32: 4 layers, 4 heads, width 128, 12 sequences of 64 characters a step, AdamW. All
-sides have the vocabulary of this recipe's byte-level tokenizer, 272 ids. Each run is a fresh process, and the sides take
+sides have the vocabulary of this recipe's byte-level tokenizer, 272 ids. This recipe also runs with `bf16: true`, which is
+another precision (autocast) and so no comparison like for like. Each run is a fresh process, and the sides take
 turns. A figure is the mean over step 50 to the last, data loading included, evaluation and saving not; `start-up` is
 what passes before the end of the first step. Prints all of them, and medians of the ratios within a round.
 """
@@ -20,7 +21,7 @@ VOCABULARY = 272
 args = options(__doc__, steps=300, rounds=5, first=50)
 
 
-def ours():
+def ours(*more):
     model = {"model_type": "gpt2", "activation_function": "gelu", **SHAPE}
     recipe(
         "--datasets", json.dumps([{"path": str(TEXT)}]), "--eval_fraction", 0, "--tokenizer_vocab_size", VOCABULARY,
@@ -28,7 +29,12 @@ def ours():
         "--per_device_train_batch_size", BATCH, "--max_steps", args.steps, "--learning_rate", 1e-3, "--adam_beta2", 0.99,
         "--warmup_steps", min(100, args.steps - 1), "--eval_strategy", "no", "--save_strategy", "no",
         "--sample_prompts", "[]", "--seed", args.seed, "--output_dir", args.folder / "out",
+        *more,
     )  # fmt: skip
+
+
+def ours_bf16():
+    ours("--bf16", "true")
 
 
 def stock():
@@ -59,11 +65,19 @@ def nano():
     nanogpt(args.nanogpt, args.folder, ids, ids, VOCABULARY, args.steps, args.seed)
 
 
-SIDES = {"ours": ours, "stock": stock, "loop": loop} | ({"nanogpt": nano} if args.nanogpt else {})
+SIDES = {"ours": ours, "ours_bf16": ours_bf16, "stock": stock, "loop": loop} | (
+    {"nanogpt": nano} if args.nanogpt else {}
+)
 
 
 def main():
-    names = {"ours": "this recipe", "stock": "stock Trainer", "loop": "hand loop", "nanogpt": "nanoGPT train.py"}
+    names = {
+        "ours": "this recipe",
+        "ours_bf16": "this recipe, bf16",
+        "stock": "stock Trainer",
+        "loop": "hand loop",
+        "nanogpt": "nanoGPT train.py",
+    }
     print(f"ms a step (start-up in s); {args.threads} threads, mean of steps {args.first} to {args.steps}")
     print(f"{'round':<6}" + "".join(f"{names[side]:>20}" for side in SIDES), flush=True)
     rounds = []
@@ -83,7 +97,8 @@ def main():
                 flush=True,
             )
     ratios = {}
-    for above, below in (("ours", "loop"), ("stock", "ours"), ("ours", "nanogpt"), ("loop", "nanogpt")):
+    pairs = [("ours", "loop"), ("stock", "ours"), ("ours_bf16", "loop"), ("stock", "ours_bf16")]
+    for above, below in [*pairs, ("ours", "nanogpt"), ("loop", "nanogpt")]:
         if below in SIDES:
             for clock in ("wall", "cpu"):
                 of = sorted(row[above][clock] / row[below][clock] for row in rounds)

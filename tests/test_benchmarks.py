@@ -31,9 +31,9 @@ def run(script: str, folder, *argv) -> tuple[str, dict]:
 
 def test_seconds_per_step(tmp_path):
     out, figures = run("pretrain_vs_loop", tmp_path, "--rounds", 1, "--steps", 4, "--first", 2)
-    assert [line for line in out.splitlines() if line.startswith("1 ")] and out.count("median") == 4
+    assert [line for line in out.splitlines() if line.startswith("1 ")] and out.count("median") == 8
     (row,) = figures["rounds"]
-    assert set(row) == {"ours", "stock", "loop"}
+    assert set(row) == {"ours", "ours_bf16", "stock", "loop"}
     assert all(run[clock] > 0 for run in row.values() for clock in ("wall", "cpu", "start_up"))
     for clock in ("wall", "cpu"):
         assert figures["ratios"][f"ours/loop {clock}"] == [row["ours"][clock] / row["loop"][clock]]
