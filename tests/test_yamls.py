@@ -62,11 +62,14 @@ def test_yaml_trains_two_steps(path, stage, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("objective", ["masked", "prefix", "span_corruption"])
 def test_objective_learns(objective, tmp_path, monkeypatch):
-    """On builtin:python the held-out loss falls below what ignores all context, or half a nat where that is far."""
+    """On builtin:python the held-out loss falls at every look, and below that of the best predictor without context."""
     monkeypatch.chdir(tmp_path)
     path = ROOT / f"recipes/pretrain/{objective}.yaml"
-    short = "--sequence_length 64 --max_steps 200 --warmup_steps 20 --global_batch_size 8 --eval_steps 50 --save_strategy no --eval_fraction 0.004"
-    done = run("--config", path, "--output_dir", "out", "--tokenizer_vocab_size", "512", *short.split())
+    data = "--sequence_length 64 --tokenizer_vocab_size 512 --eval_fraction 0.004"
+    fast = (
+        "--global_batch_size 8 --max_steps 200 --warmup_steps 20 --optimizer muon --learning_rate 1e-2 --eval_steps 50"
+    )
+    done = run("--config", path, "--output_dir", "out", "--save_strategy", "no", *data.split(), *fast.split())
     assert done.code == 0, done.err
     losses = [
         float(line.split("eval_loss ")[1])
@@ -74,5 +77,5 @@ def test_objective_learns(objective, tmp_path, monkeypatch):
         if line.startswith("step") and "eval_loss" in line
     ]
     metrics = json.loads(Path("out/metrics.json").read_text())
-    assert len(losses) == 4 and losses[0] > losses[2] > losses[3]
+    assert len(losses) == 4 and losses == sorted(losses, reverse=True)
     assert metrics["eval_loss"] < metrics["unigram_entropy"] - 0.1
