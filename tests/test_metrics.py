@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from llm_recipes.batches import Examples
 from llm_recipes.config import Source
@@ -13,6 +13,7 @@ from llm_recipes.datasets import load_source
 from llm_recipes.metrics import (
     PEAK_TFLOPS,
     bits_per_byte,
+    flops_per_example,
     flops_per_token,
     measured_flops,
     peak_flops,
@@ -40,6 +41,25 @@ def test_flops_agree_with_torchs_counter(kwargs):
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     assert counter.get_total_flops() / ids.numel() == pytest.approx(flops_per_token(config, 32), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4},
+        {"model_type": "bart", "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 128,
+         "decoder_ffn_dim": 128, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    ],
+    ids=lambda keys: keys["model_type"],
+)  # fmt: skip
+def test_flops_of_an_encoder_decoder_agree_with_torchs_counter(keys):
+    config = AutoConfig.for_model(**keys, vocab_size=100, attn_implementation="eager", decoder_start_token_id=0)
+    config.architectures = [AutoModelForSeq2SeqLM.from_config(config).__class__.__name__]
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    read, write = torch.zeros(2, 48, dtype=torch.long), torch.zeros(2, 16, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=read, labels=write).loss.backward()
+    assert counter.get_total_flops() / 2 == pytest.approx(flops_per_example(config, 48, 16), rel=0.02)
 
 
 def test_flops_of_a_published_model():
