@@ -28,7 +28,7 @@ from llm_recipes.config import (
     WindowConfig,
     check_local,
     unknown_key,
-)  # fmt: skip
+)
 from llm_recipes.errors import UserError
 from llm_recipes.launch import asked_strategy, idle_devices, state_bytes
 from llm_recipes.metrics import meta_model, parameter_count
@@ -136,6 +136,7 @@ def preflight(
         problems.append(f"hub_strategy: {args.hub_strategy.value} is not supported: use end or every_save")
     strategy = asked_strategy()
     problems += _optimisation_problems(args, optimization.optimizer, config)
+    problems += optimizer_problems(optimization.optimizer, strategy)
     problems += spike_guard_problems(optimization.spike_guard, args, strategy, windows.streaming)
     problems += monitor_problems(optimization.monitor, strategy, args)
     if args.fp16 and args.device.type == "cpu":
@@ -166,7 +167,8 @@ def _schedule_problems(args: TrainingArguments, steps: int) -> list[str]:
 def _optimisation_problems(args: TrainingArguments, name: str | None, config: PreTrainedConfig) -> list[str]:
     """Builds the optimizer and the schedule over one parameter, and says what they refuse."""
     try:
-        kind, options = own_optimizer(name, args, meta_model(config)) or Trainer.get_optimizer_cls_and_kwargs(args)
+        own = own_optimizer(name, args, meta_model(config)) if name else None
+        kind, options = own or Trainer.get_optimizer_cls_and_kwargs(args)
         weights = [torch.nn.Parameter(torch.zeros(2, 2))]
         optimizer = torch.optim.SGD(weights) if name else kind(weights, **options)
         steps = {"num_warmup_steps": 1, "num_training_steps": 10}
@@ -179,7 +181,7 @@ def _optimisation_problems(args: TrainingArguments, name: str | None, config: Pr
         return [
             f"optim {args.optim.value} with lr_scheduler_type {args.lr_scheduler_type.value}: {' '.join(str(error).split())}"
         ]
-    return optimizer_problems(name, asked_strategy())
+    return []
 
 
 def plan(

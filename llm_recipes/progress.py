@@ -50,10 +50,8 @@ class Throughput(ProgressCallback):
         super().on_step_end(args, state, control, **kwargs)
         if args.device.type != "cpu" and (control.should_log or control.should_evaluate or control.should_save):
             torch.accelerator.synchronize()  # or steps still in the queue would count as evaluation or saving
-        now, tokens = (
-            time.perf_counter(),
-            self.tokens_until(state.global_step) - self.tokens_until(state.global_step - 1),
-        )
+        now = time.perf_counter()
+        tokens = self.tokens_until(state.global_step) - self.tokens_until(state.global_step - 1)
         self.step = state.global_step
         if self.left_out:
             self.left_out -= 1
@@ -93,7 +91,5 @@ def show_progress(trainer: Trainer, throughput: Throughput, *others: TrainerCall
     """Puts `throughput` in the place of the Trainer's own progress callbacks, and `others`, before the reporters."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.callback_handler.callbacks[1:1] = [
-        throughput,
-        *others,
-    ]  # after the one that decides when to log, evaluate, save
+    # after the callback that decides when to log, evaluate and save
+    trainer.callback_handler.callbacks[1:1] = [throughput, *others]

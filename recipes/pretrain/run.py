@@ -23,7 +23,7 @@ from llm_recipes.config import (
     TokenizerConfig,
     WindowConfig,
     parse,
-)  # fmt: skip
+)
 from llm_recipes.datasets import hasher, load_documents, make_windows
 from llm_recipes.errors import entrypoint
 from llm_recipes.launch import check_strategy
