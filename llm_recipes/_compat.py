@@ -1,5 +1,6 @@
 """Private names of other libraries, all of them, so that an upgrade breaks here and in one test."""
 
+import atexit
 import math
 
 import torch
@@ -67,3 +68,8 @@ def takes_any_attention(config) -> bool:
     """True when the causal LM of `config` calls whatever is registered as its attention, SDPA included."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return kind._supports_sdpa and kind._supports_attention_backend
+
+
+def run_exit_functions() -> None:
+    """What is registered with `atexit`, now."""
+    atexit._run_exitfuncs()

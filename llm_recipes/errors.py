@@ -10,6 +10,8 @@ import datasets
 import torch.distributed
 import transformers
 
+from llm_recipes import _compat
+
 
 class RecipeExit(Exception):
     """Ends the run with `exit_code` and its message as the only output; never a traceback."""
@@ -68,8 +70,21 @@ def entrypoint(main):
             sys.exit(stop.exit_code)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+            _leave()
 
     return run
+
+
+def _leave() -> None:
+    """Ends the process well, without taking the interpreter apart.
+
+    Threads of gloo outlive `destroy_process_group`. One that lets go of a tensor while the interpreter is taken apart
+    aborts the process (SIGABRT, "terminate called without an active exception"), and the launcher fails a finished run.
+    """
+    _compat.run_exit_functions()  # trackers say goodbye here
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _quiet() -> None:
