@@ -1,11 +1,14 @@
 """Private names of other libraries, all of them, so that an upgrade breaks here and in one test."""
 
 import atexit
+import contextlib
 import math
 
 import torch
 from datasets import Dataset
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.integrations import deepspeed
+from trl import DPOTrainer
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -73,3 +76,21 @@ def takes_any_attention(config) -> bool:
 def run_exit_functions() -> None:
     """What is registered with `atexit`, now."""
     atexit._run_exitfuncs()
+
+
+@contextlib.contextmanager
+def no_deepspeed():
+    """Models are loaded whole here, whatever DeepSpeed does to others."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    yield
+    deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+class PairsTrainer(DPOTrainer):
+    """DPOTrainer on rows that are token ids already: prompt_ids, chosen_ids, rejected_ids."""
+
+    _name = "DPO"
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return dataset

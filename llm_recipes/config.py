@@ -41,6 +41,8 @@ class Source:
     data_files: str | list[str] | None = None
     columns: dict[str, str] = field(default_factory=dict)  # ours: theirs, for example {text: content}
     weight: float | None = None  # share of the final mixture in tokens; all sources have one, or none
+    rows: int | None = None  # problems to generate, of builtin:arithmetic
+    difficulty: int | None = None  # 1 to 5, of builtin:arithmetic
 
 
 @dataclass
@@ -50,6 +52,13 @@ class DataConfig:
     )
     eval_fraction: float = field(
         default=0.01, metadata={"help": "Share of the documents held out of training, drawn with `seed`."}
+    )
+
+
+@dataclass
+class ConversationConfig(DataConfig):
+    eval_datasets: list[Source] = field(
+        default_factory=list, metadata={"help": "Sources held out; without them eval_fraction of the datasets is."}
     )
 
 
@@ -158,6 +167,36 @@ class OptimizationConfig:
 
 
 @dataclass
+class AdapterConfig:
+    merge: bool = field(
+        default=False,
+        metadata={
+            "help": "With use_peft: write the merged model to output_dir, and the adapter to output_dir/adapter."
+        },
+    )
+
+
+@dataclass
+class RewardModelConfig:
+    score_samples: int = field(
+        default=256,
+        metadata={"help": "Answers of the SFT model scored at the end: their mean and deviation, for PPO. 0: none."},
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest of these answers."})
+
+
+@dataclass
+class AnswerConfig:
+    answers: Source | None = field(
+        default=None,
+        metadata={
+            "help": "Questions with gold answers in GSM8K's format, answered greedily at the end: exact_match in metrics.json."
+        },
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
+
+
+@dataclass
 class RunConfig:
     global_batch_size: int | None = field(
         default=None,
@@ -180,6 +219,7 @@ HOUSE_DEFAULTS = {
     "logging_nan_inf_filter": False,  # the library default prints loss 0 for nan, and syncs every micro-step
     "hub_strategy": "end",  # pushing at every save is asked for, not assumed
     "ddp_find_unused_parameters": False,
+    "activation_checkpointing": False,  # TRL turns it on: less memory, a fifth slower
 }
 
 # Keys of the libraries that a recipe must not take, and what to do instead.
@@ -196,13 +236,28 @@ REFUSED = {
     "parallelism_config": "the strategy comes from accelerate_configs/",
     "accelerator_config": "it can change the batch behind global_batch_size's back",
     "average_tokens_across_devices": "the loss of a step is the mean over all its targets, on whichever process",
+    "trust_remote_code": "a recipe runs no code from a model's repository",
+    "gradient_checkpointing": "its new name is activation_checkpointing",
+    "gradient_checkpointing_kwargs": "its new name is activation_checkpointing_kwargs",
+    "model_init_kwargs": "use the keys of the model: dtype, attn_implementation, model_revision",
+    "assistant_only_loss": "the loss is always on what the assistant says, and only there",
+    "completion_only_loss": "the loss is always on what the assistant says, and only there",
+    "dataset_text_field": "rows are conversations; `columns` of a source renames",
+    "dataset_kwargs": "rows are tokenized before the trainer sees them",
+    "dataset_num_proc": "rows are tokenized once, by one process, and cached",
+    "truncation_mode": "rows longer than max_length are left out and counted, not cut",
+    "shuffle_dataset": "rows are shuffled by seed",
+    "padding_free": "set packing: true",
+    "eos_token": "the end of turn is the chat template's",
+    "pad_token": "the tokenizer's, or a spare one where that is the EOS",
+    "lora_task_type": "it follows from the recipe",
 }
 
 MINIMUM = {
     "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "eval_fraction": 0,
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "num_train_epochs": 0, "max_steps": -1, "seed": 0, "warmup_steps": 0, "dataloader_num_workers": 0,
-    "global_batch_size": 1, "sequence_length": 2, "save_total_limit": 1, "tokenizer_vocab_size": 1, "vocab_size": 1,
+    "global_batch_size": 1, "sequence_length": 2, "max_length": 2, "max_new_tokens": 1, "beta": 0, "lora_r": 1, "save_total_limit": 1, "tokenizer_vocab_size": 1, "vocab_size": 1,
 }  # fmt: skip
 
 

@@ -25,12 +25,14 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from filelock import FileLock
 from transformers import TrainingArguments
 
+from llm_recipes import arithmetic
 from llm_recipes._compat import fingerprint
 from llm_recipes.config import DataConfig, Source, WindowConfig, micro_batch
 from llm_recipes.errors import UserError
 
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 BATCH = 8_000_000  # characters tokenized at a time
+ROWS = 20_000  # problems of builtin:arithmetic, unless told
 STREAMED_EVAL = 512  # windows held out of each stream, which has no size to take a share of
 
 
@@ -65,9 +67,15 @@ def python_files(packages: bool) -> list[Path]:
 
 
 def _builtin(source: Source) -> Dataset:
+    kind, _, view = source.path.partition("/")
+    if kind == "builtin:arithmetic":
+        options = {key: getattr(source, key) for key in ("rows", "difficulty") if getattr(source, key) is not None}
+        return Dataset.from_dict(arithmetic.generate(view, **{"rows": ROWS, "split": source.split} | options))
     if source.path != "builtin:python" or source.name not in (None, "packages"):
+        views = ", ".join(f"builtin:arithmetic/{view}" for view in arithmetic.VIEWS)
         raise UserError(
-            f"datasets: {source.path} (name: {source.name}) is not built in; there is builtin:python, name: packages"
+            f"datasets: {source.path} (name: {source.name}) is not built in; there is builtin:python, with "
+            f"name: packages, and {views}"
         )
     rows, other = {"text": [], "path": []}, []
     for path in python_files(source.name == "packages"):
@@ -98,14 +106,16 @@ def _local_files(source: Source, path: Path) -> tuple[str, list[str]]:
     return BUILDERS[files[0].suffix], [str(f) for f in files]
 
 
-def load_source(source: Source, streaming: bool = False) -> Dataset | IterableDataset:
-    """One source as a dataset with the column `text`. Raises UserError that names what is missing."""
+def load_rows(source: Source, streaming: bool = False) -> Dataset | IterableDataset:
+    """One source as it is stored. Raises UserError that names what is missing."""
     path = Path(source.path).expanduser()
     builtin = source.path.startswith("builtin:")
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     if builtin or path.exists():
-        taken = {"name"} if builtin else {"split"} if saved else set()
-        for key in sorted({"name", "split", "revision", "data_files"} - taken):  # what only the Hub understands
+        taken = {"name"} if source.path == "builtin:python" else {"split"} if saved else set()
+        if source.path.startswith("builtin:arithmetic"):
+            taken = {"split", "rows", "difficulty"}
+        for key in sorted({"name", "split", "revision", "data_files", "rows", "difficulty"} - taken):
             if getattr(source, key) != getattr(Source(source.path), key):
                 kind = "built-in" if builtin else "local"
                 raise UserError(f"datasets: {source.path}: `{key}` means nothing for a {kind} source")
@@ -131,6 +141,12 @@ def load_source(source: Source, streaming: bool = False) -> Dataset | IterableDa
             data = datasets.load_dataset(source.path, source.name, split=source.split, **options)
     except (datasets.exceptions.DatasetsError, ValueError, OSError, StopIteration) as error:
         raise UserError(f"datasets: {source.path}: {_reason(error, path)}") from error
+    return data
+
+
+def load_source(source: Source, streaming: bool = False) -> Dataset | IterableDataset:
+    """One source as a dataset with the column `text`. Raises UserError that names what is missing."""
+    data = load_rows(source, streaming)
     theirs = source.columns.get("text", "text")
     for ours in set(source.columns) - {"text"}:
         raise UserError(f"datasets: {source.path}: columns maps `{ours}`, but only `text` is read here")
@@ -200,10 +216,10 @@ def load_documents(data: DataConfig, seed: int, streaming: bool = False) -> list
         raise UserError("datasets: the list is empty")
     if data.eval_fraction >= 1:
         raise UserError(f"eval_fraction {data.eval_fraction} leaves nothing to train on")
-    return [Documents(s, *_hold_out(load_source(s, streaming), data.eval_fraction, seed)) for s in data.datasets]
+    return [Documents(s, *hold_out(load_source(s, streaming), data.eval_fraction, seed)) for s in data.datasets]
 
 
-def _hold_out(documents, fraction: float, seed: int):
+def hold_out(documents, fraction: float, seed: int):
     if isinstance(documents, IterableDataset):
         if not fraction:
             return documents, None
@@ -225,7 +241,7 @@ def _hold_out(documents, fraction: float, seed: int):
 
 def token_stream(documents, tokenizer, name: str, stats: dict | None = None) -> Iterator[np.ndarray]:
     """Token ids of `documents`, each followed by EOS. Text that looks like a special token stays text."""
-    _take_text_whole(tokenizer)
+    take_text_whole(tokenizer)
     for batch in _batches(texts(documents, name)):
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         if stats is not None:
@@ -235,7 +251,7 @@ def token_stream(documents, tokenizer, name: str, stats: dict | None = None) -> 
             yield np.asarray([*encoding.ids, tokenizer.eos_token_id], dtype=np.int32)
 
 
-def _take_text_whole(tokenizer) -> None:
+def take_text_whole(tokenizer) -> None:
     """Special strings stay text, and a truncation or padding that the tokenizer.json carries does not apply."""
     tokenizer.backend_tokenizer.encode_special_tokens = True
     tokenizer.backend_tokenizer.no_truncation()
@@ -276,7 +292,7 @@ def tokenize(documents: Dataset, tokenizer, length: int, name: str) -> tuple[Dat
     documents, empty ones, bytes, windows, tokens, the tail of tokens that fill no window, and has
     the digest of the windows.
     """
-    _take_text_whole(tokenizer)  # before its text is hashed: a rank that finds the cache must hash the same one
+    take_text_whole(tokenizer)  # before its text is hashed: a rank that finds the cache must hash the same one
     key = hasher(fingerprint(documents), tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, length)
     arrow, info = cache_dir() / f"{key}.arrow", cache_dir() / f"{key}.json"
     cache_dir().mkdir(parents=True, exist_ok=True)
@@ -303,13 +319,21 @@ def tokenize(documents: Dataset, tokenizer, length: int, name: str) -> tuple[Dat
     return Dataset.from_file(str(arrow)).with_format("numpy"), json.loads(info.read_text())
 
 
-def mix(parts: list[Dataset], weights: list[float | None], seed: int) -> tuple[Dataset, list[int]]:
-    """(mixture, windows taken of each part). See the top of this file for the meaning of `weights`."""
+def mix(
+    parts: list[Dataset], weights: list[float | None], seed: int, tokens: list[int] | None = None
+) -> tuple[Dataset, list[int]]:
+    """(mixture, rows taken of each part). See the top of this file for the meaning of `weights`.
+
+    `tokens` of each part, where its rows differ in length; then the shares hold on average.
+    """
     if all(weight is None for weight in weights):
         return concatenate_datasets(parts), [len(part) for part in parts]
-    parts_of_one = shares(weights)
-    total = min(len(part) / share for part, share in zip(parts, parts_of_one, strict=True))
-    taken = [min(len(part), round(total * share)) for part, share in zip(parts, parts_of_one, strict=True)]
+    parts_of_one, tokens = shares(weights), tokens or [len(part) for part in parts]
+    total = min(size / share for size, share in zip(tokens, parts_of_one, strict=True))
+    taken = [
+        min(len(part), round(len(part) * total * share / size))
+        for part, share, size in zip(parts, parts_of_one, tokens, strict=True)
+    ]
     chosen = [part.shuffle(seed=seed).select(range(n)) for part, n in zip(parts, taken, strict=True)]
     return concatenate_datasets(chosen), taken
 
@@ -399,7 +423,7 @@ def make_windows(
     if evals:
         args.per_device_eval_batch_size = micro_batch(batch_size // args.world_size, args.per_device_eval_batch_size)
         whole = concatenate_datasets([part for part in evals if len(part)] or evals)
-        evaluation = _whole_batches(whole, batch_size, report, args.seed).with_format("numpy")
+        evaluation = whole_batches(whole, batch_size, report, args.seed, "held-out windows").with_format("numpy")
     if windows.streaming:
         return stream, evaluation, report, digests
     train, taken = mix(trains, [part.source.weight for part in documents], args.seed)
@@ -411,13 +435,12 @@ def make_windows(
     return train, evaluation, report, digests
 
 
-def _whole_batches(cut: Dataset, batch_size: int, report: list[str], seed: int) -> Dataset:
+def whole_batches(cut: Dataset, batch_size: int, report: list[str], seed: int, what: str) -> Dataset:
+    """`cut` without the rest that fills no batch: then every world size sees the same batches."""
     rest = len(cut) % batch_size
     if rest == len(cut):
-        raise UserError(
-            f"datasets: {len(cut)} held-out windows, fewer than one batch of {batch_size}: raise eval_fraction"
-        )
+        raise UserError(f"datasets: {len(cut)} {what}, fewer than one batch of {batch_size}: raise eval_fraction")
     if rest:
-        report.append(f"{rest} of {len(cut):,} held-out windows left out, so that all batches are full")
+        report.append(f"{rest} of {len(cut):,} {what} left out, so that all batches are full")
         cut = cut.shuffle(seed=seed)  # or the last source would lose them all
     return cut.select(range(len(cut) - rest))

@@ -18,6 +18,16 @@ PEAK_TFLOPS = {
     "MI355": 2500, "MI300X": 1307,
 }  # fmt: skip
 
+Z = 1.959964  # 97.5 % quantile of the normal distribution
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share `right / n` (Wilson 1927); unlike p +- 2 se it stays within [0, 1] and has width at 0 and 1."""
+    p = right / n
+    centre, half = p + Z**2 / (2 * n), Z * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    low, high = (centre - half) / (1 + Z**2 / n), (centre + half) / (1 + Z**2 / n)
+    return float(max(0, low)), float(min(1, high))  # rounding may step over
+
 
 def meta_model(config: PreTrainedConfig) -> nn.Module:
     """The model of `config` without memory, whatever the launched strategy does to real models.
@@ -151,6 +161,12 @@ def measure(trainer, objective: str, eval_examples, tokenizer, throughput, flops
         if objective == "causal":
             results["bits_per_byte"] = bits_per_byte(loss, eval_examples.windows, tokenizer)
         results["unigram_entropy"] = unigram_entropy(eval_examples)
+    return results | speed(trainer, throughput, flops, started)
+
+
+def speed(trainer, throughput, flops: float, started: float) -> dict:
+    """Tokens and FLOPs a second, as in `measure`; every rank takes part."""
+    args, results = trainer.args, {}
     if (rate := throughput.tokens_per_second()) is not None:
         seconds = time.perf_counter() - started
         results |= {

@@ -1,8 +1,13 @@
 """Models to train: from scratch, the same under every strategy, or continued, and then whole."""
 
 import torch
+import transformers
+import trl
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -84,3 +89,56 @@ def from_scratch(config: PreTrainedConfig, seed: int, auto=AutoModelForCausalLM,
         model = auto.from_config(config, dtype=torch.float32, **options)
     model.init_weights()
     return model
+
+
+def trained_config(
+    name: str, model: trl.ModelConfig, tokenizer, task: str = "CAUSAL_LM", added: int = 0
+) -> PreTrainedConfig:
+    """Configuration of a trained model `name` for post-training: `task` CAUSAL_LM, or SEQ_CLS with one score.
+
+    `added` is the number of ids that the chat template added to the tokenizer. Raises UserError where it cannot be this model's.
+    """
+    classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if task == "SEQ_CLS" else MODEL_FOR_CAUSAL_LM_MAPPING
+    try:
+        config = AutoConfig.from_pretrained(name, revision=model.model_revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_name_or_path: {name}: {str(error).splitlines()[0]}") from error
+    if type(config) not in classes:
+        raise UserError(f"model_name_or_path: {name} is a {config.model_type}: no text model for this recipe")
+    if len(tokenizer) - added > config.vocab_size:
+        raise UserError(
+            f"model_name_or_path: the tokenizer in {name} has {len(tokenizer) - added} ids, the model {config.vocab_size}: "
+            "it is the tokenizer of another model"
+        )
+    config.pad_token_id = tokenizer.pad_token_id
+    config.architectures = [classes[type(config)].__name__]
+    if task == "SEQ_CLS":
+        config.num_labels = 1
+    return config
+
+
+def load_trained(
+    name: str, model: trl.ModelConfig, config: PreTrainedConfig, tokenizer, stop_id: int | None = None
+) -> PreTrainedModel:
+    """The model of `trained_config`, in `dtype`, with room for the tokenizer's ids and generation that stops at `stop_id`.
+
+    A new score head starts at zero: then no strategy draws another one, and the first loss is ln 2.
+    Call it after TrainingArguments exist, so that ZeRO-3 shards the model while it is built.
+    """
+    scored = config.architectures[0].endswith("ForSequenceClassification")
+    std, config.initializer_range = config.initializer_range, 0.0 if scored else config.initializer_range
+    loaded, info = getattr(transformers, config.architectures[0]).from_pretrained(
+        name, config=config, revision=model.model_revision, dtype=model.dtype, output_loading_info=True,
+        attn_implementation=model.attn_implementation, quantization_config=trl.get_quantization_config(model),
+    )  # fmt: skip
+    loaded.config.initializer_range = std
+    if missing := sorted(set(info["missing_keys"]) - {"score.weight"}):
+        raise UserError(f"model_name_or_path: {name} has no weights for {', '.join(missing[:3])}")
+    if len(tokenizer) > config.vocab_size:
+        loaded.resize_token_embeddings(len(tokenizer))
+    if stop_id is not None:
+        known = loaded.generation_config.eos_token_id or []
+        others = [known] if isinstance(known, int) else known
+        loaded.generation_config.eos_token_id = list(dict.fromkeys([stop_id, *others]))
+        loaded.generation_config.pad_token_id = tokenizer.pad_token_id
+    return loaded

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, ModelCardData
 from safetensors import safe_open
 from transformers import Trainer, TrainingArguments
 
+from llm_recipes import adapters
 from llm_recipes.errors import Finished, PushFailed, RecipeExit, UserError
 from llm_recipes.launch import asked_strategy
 from llm_recipes.metrics import meta_model
@@ -127,8 +128,10 @@ def claim(args, push_to_hub: bool, record: dict) -> None:
 _locks = []  # open files: closing one gives its folder up
 
 
-def save_model(trainer: Trainer) -> None:
+def save_model(trainer: Trainer, merge: bool = False) -> None:
     """Writes weights, tokenizer and configs to `output_dir`, then counts what the file holds.
+
+    An adapter stands there alone, or with `merge` in the folder `adapter` beside the merged weights.
 
     Counts, not names: some architectures are stored under other names than they train with.
     """
@@ -139,6 +142,10 @@ def save_model(trainer: Trainer) -> None:
     if trainer.args.process_index == 0:
         folder = Path(trainer.args.output_dir)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and no one needs it
+        if (folder / "adapter_config.json").is_file() and not merge:
+            return
+        if merge:
+            _set_beside(folder)
         saved = {}
         for path in folder.glob("model*.safetensors"):
             with safe_open(path, "pt") as file:
@@ -149,6 +156,17 @@ def save_model(trainer: Trainer) -> None:
         found = sum(size for name, size in saved.items() if name not in tied)
         if found != expected:
             raise RecipeExit(f"{folder}: the saved weights are not whole: {found:,} of {expected:,} numbers")
+
+
+def _set_beside(folder: Path) -> None:
+    """Moves the adapter in `folder` to `folder/adapter`, and writes the merged model in its place."""
+    (folder / "adapter").mkdir(exist_ok=True)
+    for path in folder.glob("adapter_*"):
+        os.replace(path, folder / "adapter" / path.name)
+    for path in [*folder.glob("*token*"), *folder.glob("chat_template.jinja")]:
+        shutil.copy(path, folder / "adapter")
+    base = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    adapters.merge(folder / "adapter", base, folder)
 
 
 def write_results(

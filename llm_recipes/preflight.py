@@ -124,33 +124,44 @@ def preflight(
         for key, why in UNUSED.items()
         if key in run.resolved and not windows.streaming
     ]
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        problems.append("use_liger_kernel: liger-kernel is not installed: pip install -e '.[gpu]'")
-    if args.max_steps > 0:
-        problems += _schedule_problems(args, args.max_steps)
-    if args.eval_strategy != "no" and not data.eval_fraction:
-        problems.append(f"eval_strategy: {args.eval_strategy.value} needs data: set eval_fraction above 0")
-    if missing := set(args.report_to) - set(get_available_reporting_integrations()):
-        problems.append(f"report_to: {', '.join(sorted(missing))} is not installed: pip install -e '.[track]'")
-    if args.hub_strategy not in ("end", "every_save"):
-        problems.append(f"hub_strategy: {args.hub_strategy.value} is not supported: use end or every_save")
+    problems += run_problems(args, run, bool(data.eval_fraction), parameters)
     strategy = asked_strategy()
     problems += _optimisation_problems(args, optimization.optimizer, config)
     problems += optimizer_problems(optimization.optimizer, strategy)
     problems += spike_guard_problems(optimization.spike_guard, args, strategy, windows.streaming)
     problems += monitor_problems(optimization.monitor, strategy, args)
-    if args.fp16 and args.device.type == "cpu":
-        problems.append("fp16 needs a GPU: use bf16: true, or neither for fp32")
-    kept = 0 if args.save_strategy == "no" else min(args.save_total_limit or 10, 10)
-    problems += output_problems(args.output_dir, None, needed=parameters * (4 + CHECKPOINT_BYTES * kept))
-    if run.push_to_hub and args.process_index == 0:
-        problems += hub_problems(args)
     if problems:
         raise UserError("\n".join(problems))
     if objective.isolate_documents:
         check_isolation(config, model.attn_implementation)
     if objective.objective == "prefix":
         check_prefix(config, model.attn_implementation, windows.sequence_length)
+
+
+def run_problems(
+    args: TrainingArguments, run: RunConfig, evaluates: bool, parameters: int, trained: int | None = None
+) -> list[str]:
+    """What every recipe checks: schedule, evaluation, reporting, precision, disk, Hub. `trained` parameters, if not all."""
+    problems = []
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        problems.append("use_liger_kernel: liger-kernel is not installed: pip install -e '.[gpu]'")
+    if args.max_steps > 0:
+        problems += _schedule_problems(args, args.max_steps)
+    if args.eval_strategy != "no" and not evaluates:
+        problems.append(f"eval_strategy: {args.eval_strategy.value} needs data: set eval_fraction above 0")
+    if missing := set(args.report_to) - set(get_available_reporting_integrations()):
+        problems.append(f"report_to: {', '.join(sorted(missing))} is not installed: pip install -e '.[track]'")
+    if args.hub_strategy not in ("end", "every_save"):
+        problems.append(f"hub_strategy: {args.hub_strategy.value} is not supported: use end or every_save")
+    if args.fp16 and args.device.type == "cpu":
+        problems.append("fp16 needs a GPU: use bf16: true, or neither for fp32")
+    kept = 0 if args.save_strategy == "no" else min(args.save_total_limit or 10, 10)
+    problems += output_problems(
+        args.output_dir, None, needed=4 * parameters + CHECKPOINT_BYTES * kept * (trained or parameters)
+    )
+    if run.push_to_hub and args.process_index == 0:
+        problems += hub_problems(args)
+    return problems
 
 
 def _schedule_problems(args: TrainingArguments, steps: int) -> list[str]:
@@ -193,18 +204,11 @@ def plan(
     `train` and `evaluation` are the examples, `length` the tokens of a window.
     """
     batch, steps, sequences = batches.batch_size, batches.steps, batches.sequences(batches.steps)
-    problems = output_problems(args.output_dir, record) + _schedule_problems(args, steps)
-    if args.world_size > 1 and any(other != record["identity"] for other in gather_object([record["identity"]])):
-        problems.append("the processes do not see the same data or tokenizer: share the files between the machines")
-    if problems:
-        raise UserError("\n".join(problems))
+    check_plan(args, record, steps)
     if args.process_index != 0:
         return
 
-    parameters = parameter_count(config)
-    strategy, tokens = asked_strategy(), sequences * length
-    processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
-    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    parameters, tokens = parameter_count(config), sequences * length
     sizes = f"{batches.size:,} windows of {length} tokens" if batches.size else "a stream"
     epochs = f", {sequences / batches.size:.2f} epochs" if batches.size else ""
     ramp = ", then ".join(f"{stage} steps of {size}" for size, stage in batches.stages)
@@ -220,22 +224,51 @@ def plan(
         ),
         (
             "batch",
-            f"{batch} sequences = {processes} x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
+            f"{batch} sequences = {_processes(args)} x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
             f"accumulation; {batch * length:,} tokens a step{f', after {ramp}' if ramp else ''}",
         ),
         ("steps", f"{steps:,}: {tokens:,} tokens{epochs}, {tokens / parameters:.1f} a parameter"),
-        ("strategy", f"{strategy}, {processes}, {args.device.type}, {dtype}; seed {args.seed}"),
-        ("strategy", idle_devices()),
-        (
-            "memory",
-            f"{state_bytes(strategy, args.world_size) * parameters / 1e6:,.0f} MB a device for weights, gradients and AdamW's states, activations on top",
-        ),
-        ("output", f"{args.output_dir}; a checkpoint is about {CHECKPOINT_BYTES * parameters / 1e6:,.0f} MB"),
+        *launch_lines(args, run, parameters),
         ("batches", f"{len(batches.left_out)} left out after rollbacks" if batches.left_out else None),
-        ("hub", f"will push to {repo_id(args)}" if run.push_to_hub else None),
         ("example", repr(tokenizer.decode(example["input_ids"][:40]))),
         ("targets", repr(tokenizer.decode(targets[:40])) if len(targets) < len(example["input_ids"]) else None),
     ]
+    show(lines)
+
+
+def check_plan(args: TrainingArguments, record: dict, steps: int) -> None:
+    """Raises UserError unless the run `record` of `steps` steps may go to output_dir and is the same on every process."""
+    problems = output_problems(args.output_dir, record) + _schedule_problems(args, steps)
+    if args.world_size > 1 and any(other != record["identity"] for other in gather_object([record["identity"]])):
+        problems.append("the processes do not see the same data or tokenizer: share the files between the machines")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _processes(args: TrainingArguments) -> str:
+    return f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
+
+
+def launch_lines(args: TrainingArguments, run: RunConfig, parameters: int, trained: int | None = None) -> list[tuple]:
+    """Lines of the first screen on strategy, memory and output; `trained` parameters, if not all."""
+    strategy, trained = asked_strategy(), trained or parameters
+    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    frozen = 4 * (parameters - trained) / (args.world_size if strategy.endswith("ZeRO-3") or "FSDP" in strategy else 1)
+    memory = frozen + state_bytes(strategy, args.world_size) * trained
+    return [
+        ("strategy", f"{strategy}, {_processes(args)}, {args.device.type}, {dtype}; seed {args.seed}"),
+        ("strategy", idle_devices()),
+        (
+            "memory",
+            f"{memory / 1e6:,.0f} MB a device for weights, gradients and AdamW's states, activations on top",
+        ),
+        ("output", f"{args.output_dir}; a checkpoint is about {CHECKPOINT_BYTES * trained / 1e6:,.0f} MB"),
+        ("hub", f"will push to {repo_id(args)}" if run.push_to_hub else None),
+    ]
+
+
+def show(lines: list[tuple]) -> None:
+    """Prints (label, text) pairs, those with a text."""
     for label, text in lines:
         if text:
             print(f"{label:<10} {text}", flush=True)

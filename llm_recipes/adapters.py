@@ -1,0 +1,94 @@
+"""LoRA between stages: a folder with an adapter serves wherever one with a whole model does."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import trl
+from filelock import FileLock
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+from transformers.utils import find_adapter_config_file
+
+from llm_recipes._compat import no_deepspeed
+from llm_recipes.config import AdapterConfig, check_local
+from llm_recipes.datasets import cache_dir, hasher
+from llm_recipes.metrics import meta_model
+
+
+def whole_model(name: str, revision: str = "main") -> str:
+    """`name`, or for an adapter a folder in the cache with its base and it merged; adapters on adapters too.
+
+    One process merges while the others wait at a file lock.
+    """
+    name = check_local("model_name_or_path", name)
+    if (found := find_adapter_config_file(name, revision=revision)) is None:
+        return name
+    base = json.loads(Path(found).read_text())["base_model_name_or_path"]
+    stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(found).parent.glob("adapter_*"))]
+    folder = cache_dir() / f"merged-{hasher(name, revision, base, stamp)}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = Path(f"{folder}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            merge(name, base, partial, revision)
+            shutil.move(partial, folder)
+    return str(folder)
+
+
+def merge(adapter: str | Path, base: str, folder: str | Path, revision: str = "main") -> None:
+    """Writes `base` with `adapter` merged into it, in fp32, and the adapter's tokenizer to `folder`."""
+    task = json.loads(Path(find_adapter_config_file(str(adapter), revision=revision)).read_text())["task_type"]
+    auto, options = AutoModelForCausalLM, {}
+    if task == "SEQ_CLS":
+        auto, options = AutoModelForSequenceClassification, {"num_labels": 1}
+    tokenizer = AutoTokenizer.from_pretrained(adapter, revision=revision)
+    with no_deepspeed():  # ZeRO-3 would load nothing but shards
+        model = auto.from_pretrained(whole_model(base), dtype=torch.float32, **options)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+        merged = PeftModel.from_pretrained(model, str(adapter), revision=revision).merge_and_unload()
+    merged.config.pad_token_id = tokenizer.pad_token_id
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def lora_config(model: trl.ModelConfig, task: str, tokenizer=None) -> LoraConfig | None:
+    """PEFT's configuration from the lora_* keys, None without use_peft. `task`: CAUSAL_LM or SEQ_CLS, whose head is trained too."""
+    if not model.use_peft:
+        return None
+    model.lora_task_type = task
+    config = trl.get_peft_config(model)
+    if task == "SEQ_CLS":
+        config.modules_to_save = [*(config.modules_to_save or []), "score"]
+    return config
+
+
+def trained_parameters(config: PreTrainedConfig, peft_config: LoraConfig | None) -> int | None:
+    """Parameters that are trained with an adapter, None without one."""
+    if peft_config is None:
+        return None
+    with torch.device("meta"):
+        return get_peft_model(meta_model(config), peft_config).get_nb_trainable_parameters()[0]
+
+
+def adapter_problems(model: trl.ModelConfig, adapter: AdapterConfig, args) -> list[str]:
+    """Why the keys of the adapter cannot work here."""
+    problems, given = [], [key for key in ("load_in_4bit", "load_in_8bit") if getattr(model, key)]
+    if given and args.device.type == "cpu":
+        problems.append(f"{given[0]} needs an NVIDIA GPU: bitsandbytes' kernels are not made for training on the CPU")
+    elif given and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(f"{given[0]}: bitsandbytes is not installed: pip install -e '.[gpu]'")
+    if given and not model.use_peft:
+        problems.append(f"{given[0]} freezes the weights: set use_peft: true to have something to train")
+    if adapter.merge and not model.use_peft:
+        problems.append("merge: true needs an adapter: set use_peft: true")
+    return problems
