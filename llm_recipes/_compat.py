@@ -5,6 +5,7 @@ import contextlib
 import math
 
 import torch
+import xxhash
 from datasets import Dataset
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.integrations import deepspeed
@@ -83,8 +84,10 @@ def no_deepspeed():
     """Models are loaded whole here, whatever DeepSpeed does to others."""
     reference = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
-    yield
-    deepspeed._hf_deepspeed_config_weak_ref = reference
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 class PairsTrainer(DPOTrainer):
@@ -94,3 +97,30 @@ class PairsTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        # TRL keeps the log-probs under a hash that is the same for all models of a shape that ZeRO-3 has sharded, and with
+        # any ld_alpha and precision: another model's would be taken for those of this reference.
+        options = self.args.ld_alpha, self.accelerator.mixed_precision
+        self._precompute_model_hash = f"{_weights_digest(self.model)} {options}"
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+
+def _whole(tensor):
+    """A context in which a parameter that ZeRO-3 has sharded is there whole."""
+    if not hasattr(tensor, "ds_id"):
+        return contextlib.nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters  # only here: it is slow to import, and not everybody has it
+
+    return GatheredParameters([tensor])
+
+
+def _weights_digest(model) -> str:
+    """Of all weights and their names, the same whether ZeRO-3 has sharded them or not; every rank takes part."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        with _whole(tensor):
+            whole = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(f"{name} {whole.dtype}".encode())
+            digest.update(whole.view(torch.uint8).numpy())
+    return digest.hexdigest()

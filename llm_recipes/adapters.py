@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
 )
 from transformers.utils import find_adapter_config_file
@@ -46,30 +47,44 @@ def whole_model(name: str, revision: str = "main") -> str:
 
 def merge(adapter: str | Path, base: str, folder: str | Path, revision: str = "main") -> None:
     """Writes `base` with `adapter` merged into it, in fp32, and the adapter's tokenizer to `folder`."""
-    task = json.loads(Path(find_adapter_config_file(str(adapter), revision=revision)).read_text())["task_type"]
+    found = find_adapter_config_file(str(adapter), revision=revision)
+    task = json.loads(Path(found).read_text())["task_type"]
     auto, options = AutoModelForCausalLM, {}
     if task == "SEQ_CLS":
         auto, options = AutoModelForSequenceClassification, {"num_labels": 1}
-    tokenizer = AutoTokenizer.from_pretrained(adapter, revision=revision)
+    own = any(Path(found).parent.glob("tokenizer*"))
+    tokenizer = AutoTokenizer.from_pretrained(adapter if own else base)
     with no_deepspeed():  # ZeRO-3 would load nothing but shards
         model = auto.from_pretrained(whole_model(base), dtype=torch.float32, **options)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         merged = PeftModel.from_pretrained(model, str(adapter), revision=revision).merge_and_unload()
     merged.config.pad_token_id = tokenizer.pad_token_id
+    if (Path(found).parent / "generation_config.json").is_file():  # knows where answers end, which the base may not
+        merged.generation_config = GenerationConfig.from_pretrained(Path(found).parent)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def lora_config(model: trl.ModelConfig, task: str, tokenizer=None) -> LoraConfig | None:
-    """PEFT's configuration from the lora_* keys, None without use_peft. `task`: CAUSAL_LM or SEQ_CLS, whose head is trained too."""
+def lora_config(model: trl.ModelConfig, config: PreTrainedConfig, untrained: bool = False) -> LoraConfig | None:
+    """PEFT's configuration from the lora_* keys, None without use_peft.
+
+    A score head is trained too. So are the embeddings where the model has never seen the tokens of a turn
+    (`untrained`): it cannot tell the end of a turn from the other spare tokens, which no adapter mends.
+    """
     if not model.use_peft:
         return None
-    model.lora_task_type = task
-    config = trl.get_peft_config(model)
-    if task == "SEQ_CLS":
-        config.modules_to_save = [*(config.modules_to_save or []), "score"]
-    return config
+    scored = config.architectures[0].endswith("ForSequenceClassification")
+    model.lora_task_type = "SEQ_CLS" if scored else "CAUSAL_LM"
+    lora = trl.get_peft_config(model)
+    whole = set(lora.modules_to_save or []) | ({"score"} if scored else set())
+    if untrained:
+        built = meta_model(config)
+        ends = [built.get_input_embeddings(), None if config.tie_word_embeddings else built.get_output_embeddings()]
+        whole |= {name.rsplit(".", 1)[-1] for name, module in built.named_modules() if any(module is e for e in ends)}
+        lora.ensure_weight_tying = config.tie_word_embeddings
+    lora.modules_to_save = sorted(whole) or None
+    return lora
 
 
 def trained_parameters(config: PreTrainedConfig, peft_config: LoraConfig | None) -> int | None:

@@ -34,7 +34,7 @@ def generate(
     Batches are sorted by length and padded left.
     """
     completions, order = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    training = model.training
+    training, how = model.training, {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}
     model.eval()
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -43,7 +43,7 @@ def generate(
         mask = torch.tensor([[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in rows])
         out = model.generate(
             ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=sample,
-            temperature=1.0, top_k=0, top_p=1.0, use_cache=True, pad_token_id=pad_id,
+            use_cache=True, pad_token_id=pad_id, **how,
         )[:, width:].tolist()  # fmt: skip
         stops = model.generation_config.eos_token_id
         stops = {stops} if isinstance(stops, int) else set(stops or [])

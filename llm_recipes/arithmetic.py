@@ -660,10 +660,8 @@ def problems(view: str, seed: int = 0, difficulty: int = DIFFICULTY, split: str 
         yield Problem(family, wording, numbers, question, solve(family, numbers, difficulty), fields)
 
 
-def wrong(problem: Problem, error: str, difficulty: int, draw) -> str | None:
-    """The answer with one mistake of the kind `error`; None if this problem has no such wrong answer."""
-    if error == "missing_answer":
-        return "\n".join(problem.lines())
+def mistaken(problem: Problem, error: str, difficulty: int, draw) -> list[Step] | None:
+    """Steps with one mistake of the kind `error`; None if this problem has no such wrong solution."""
     shifts = {"off_by_one": (-1, 1), "wrong_intermediate": (*range(-9, -1), *range(2, 10))}
     mistakes = [(i, "", shift) for i in range(len(problem.steps)) for shift in shifts.get(error, ())]
     if error == "wrong_operation":
@@ -671,8 +669,21 @@ def wrong(problem: Problem, error: str, difficulty: int, draw) -> str | None:
     for mistake in sorted(mistakes, key=lambda _: draw()):
         steps = solve(problem.family, problem.numbers, difficulty, *mistake)
         if steps and steps[-1].result != problem.steps[-1].result:
-            return problem.gsm8k(steps)
+            return steps
     return None
+
+
+def wrong(problem: Problem, error: str, difficulty: int, draw) -> str | None:
+    """The answer with one mistake of the kind `error`; None if this problem has no such wrong answer."""
+    if error == "missing_answer":
+        return "\n".join(problem.lines())
+    steps = mistaken(problem, error, difficulty, draw)
+    return steps and problem.gsm8k(steps)
+
+
+def true(step: Step) -> bool:
+    """Whether the step's result is that of its operation."""
+    return OPERATIONS[step.operator](step.left, step.right) == step.result
 
 
 # ---- views ---------------------------------------------------------------------------------------
@@ -687,12 +698,41 @@ def _assistant(text: str) -> dict:
 
 
 def _pretrain(stream, draw, difficulty):
+    """Problems in prose, drills of checked equations, and homework that is graded line by line or as a whole.
+
+    Half of the equations and of the homework are wrong, so the model learns to tell, which reward models build on.
+    """
     for problem in stream:
-        if draw() < 0.25:
-            steps = [p.steps[int(draw() * len(p.steps))] for p in (problem, *islice(stream, DRILL - 1))]
-            yield {"text": "\n".join(f"{x}{sign}{y}={value}" for x, sign, y, value in steps)}
+        kind = draw()
+        if kind < 0.4:
+            lines = [problem.question, *problem.lines(False), f"The answer is {problem.answer}."]
+        elif kind < 0.6:
+            lines = []
+            for x, sign, y, value in (
+                p.steps[int(draw() * len(p.steps))] for p in (problem, *islice(stream, DRILL - 1))
+            ):
+                near = [value + shift for shift in (-1, 1, *range(-9, -1), *range(2, 10)) if value + shift >= SMALLEST]
+                said = value if draw() < 0.5 else near[int(draw() ** 2 * len(near))]  # near ones more often
+                lines.append(f"<<{x}{sign}{y}={said}>> {'right' if said == value else 'wrong'}")
         else:
-            yield {"text": "\n".join([problem.question, *problem.lines(False), f"The answer is {problem.answer}."])}
+            errors = ERRORS[int(draw() * 3) :][:1] if draw() < 0.5 else []
+            steps = mistaken(problem, errors[0], difficulty, draw) if errors else None
+            lines = problem.lines(True, steps)
+            if kind < 0.85:
+                signs = [step.operator for step in problem.steps]
+                marks = [
+                    "right" if true(step) and step.operator == sign else "wrong"
+                    for step, sign in zip(steps or problem.steps, signs, strict=True)
+                ]
+                lines = [f"{line} {mark}" for line, mark in zip(lines, marks, strict=True)]
+            lines = [
+                "Homework:",
+                problem.question,
+                *lines,
+                f"#### {(steps or problem.steps)[-1].result}",
+                "wrong" if steps else "right",
+            ]
+        yield {"text": "\n".join(lines)}
 
 
 def _sft(stream, draw, difficulty):

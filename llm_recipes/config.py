@@ -542,8 +542,8 @@ def check_local(key: str, name: str) -> str:
     """`name` with `~` expanded. Raises UserError, with the command that makes it, for a local folder that is not there."""
     path = os.path.expanduser(name)
     if path.startswith((".", "/", "outputs/")) and not Path(path).is_dir():
-        stage = Path(path).name if path.startswith("outputs/") else None
-        script = Path("recipes") / (stage or "") / "run.py"
-        made = f": run {script} first" if stage and script.is_file() else f" (working directory: {Path.cwd()})"
+        stage = Path(path).name if path.startswith("outputs/") else "none"
+        script = next(Path("recipes").glob(f"**/{stage}/run.py"), None)
+        made = f": run {script} first" if script else f" (working directory: {Path.cwd()})"
         raise UserError(f"{key}: {name} does not exist{made}")
     return path

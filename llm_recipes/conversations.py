@@ -10,6 +10,7 @@ import os
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import xxhash
@@ -133,10 +134,15 @@ def _hh(text: str) -> list[dict]:
 # ---- tokenizer and template ----------------------------------------------------------------------
 
 
-def load_chat_tokenizer(
-    name: str, revision: str, template_path: str | None = None
-) -> tuple[PreTrainedTokenizerFast, list[str], int]:
-    """(tokenizer, report, number of ids added) of a model, with a chat template, an end of turn and a padding token of its own.
+class ChatTokenizer(NamedTuple):
+    tokenizer: PreTrainedTokenizerFast
+    report: list[str]  # what was changed, in sentences
+    added: int  # ids that the model's embeddings may have no room for
+    untrained: bool  # the model has never seen the tokens that begin and end a turn
+
+
+def load_chat_tokenizer(name: str, revision: str, template_path: str | None = None) -> ChatTokenizer:
+    """The tokenizer of a model, with a chat template, an end of turn and a padding token of its own.
 
     A template that is there is taken as it is; a base model gets ChatML, its turns ended by <|im_end|>, which becomes
     the EOS. Padding with the EOS would hide where an answer ends, so then another special token is taken.
@@ -148,13 +154,13 @@ def load_chat_tokenizer(
         raise UserError(f"model_name_or_path: {name} has no tokenizer: {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise UserError(f"model_name_or_path: {name} has no tokenizer.json")
-    size = len(tokenizer)
+    size, untrained = len(tokenizer), tokenizer.chat_template is None and not template_path
     if template_path:
         try:
             tokenizer.chat_template = Path(template_path).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"chat_template_path: {template_path}: {error}") from error
-    elif tokenizer.chat_template is None:
+    elif untrained:
         tokenizer.add_special_tokens({"extra_special_tokens": CHAT}, replace_extra_special_tokens=False)
         tokenizer.chat_template, tokenizer.eos_token = TEMPLATE, CHAT[1]
         report.append(f"no chat template in {name}: ChatML put in, turns end with {CHAT[1]}")
@@ -166,7 +172,7 @@ def load_chat_tokenizer(
         report.append(f"padding was {why}; now it is {tokenizer.pad_token}")
     if added := len(tokenizer) - size:
         report.append(f"{added} ids added to the tokenizer, and to the model's embeddings where they have no room")
-    return tokenizer, report, added
+    return ChatTokenizer(tokenizer, report, added, untrained)
 
 
 class Encoder:

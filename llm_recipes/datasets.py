@@ -98,12 +98,16 @@ def _left_out(source: Source, names: list[str], why: str) -> None:
 def _local_files(source: Source, path: Path) -> tuple[str, list[str]]:
     """(builder of `datasets`, files) of a file or folder."""
     found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and f.name[0] != ".")
-    files = [f for f in found if f.suffix in BUILDERS]
-    if len({BUILDERS[f.suffix] for f in files}) != 1:
+    files = [f for f in found if _suffix(f) in BUILDERS]
+    if len({BUILDERS[_suffix(f)] for f in files}) != 1:
         what = ", ".join(sorted({f.suffix or "no suffix" for f in files or found})) or "no files"
-        raise UserError(f"datasets: {source.path} holds {what}; use one kind of {', '.join(BUILDERS)}")
+        raise UserError(f"datasets: {source.path} holds {what}; use one kind of {', '.join(BUILDERS)}, or these with .gz")
     _left_out(source, [f.name for f in found if f not in files], f"are none of {', '.join(BUILDERS)}")
-    return BUILDERS[files[0].suffix], [str(f) for f in files]
+    return BUILDERS[_suffix(files[0])], [str(f) for f in files]
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
 
 
 def load_rows(source: Source, streaming: bool = False) -> Dataset | IterableDataset:
@@ -134,7 +138,7 @@ def load_rows(source: Source, streaming: bool = False) -> Dataset | IterableData
             builder, files = _local_files(source, path)
             whole = {"sample_by": "document"} if builder == "text" else {}
             data = datasets.load_dataset(builder, data_files=files, split="train", streaming=streaming, **whole)
-        elif source.path.startswith((".", "/", "~")) or path.suffix in BUILDERS:
+        elif source.path.startswith((".", "/", "~")) or _suffix(path) in BUILDERS:
             raise UserError(f"datasets: {source.path} does not exist (working directory: {Path.cwd()})")
         else:
             options = {"data_files": source.data_files, "revision": source.revision, "streaming": streaming}

@@ -7,6 +7,7 @@ import time
 import warnings
 
 import datasets
+import huggingface_hub
 import torch.distributed
 import transformers
 
@@ -88,8 +89,12 @@ def _leave() -> None:
 
 
 def _quiet() -> None:
-    """Bars are for terminals: in a log file each refresh is a line. And DeepSpeed's calls warn at every step."""
+    """Bars are for terminals: in a log file each refresh is a line. Some calls between libraries warn at every step, and
+    TRL reports its use over the network.
+    """
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from llm_recipes._compat import no_deepspeed
+
 # Dense bf16 peak of one device in TFLOP/s without sparsity, from the vendors' data sheets.
 PEAK_TFLOPS = {
     "GB200": 2500, "B200": 2250, "H100 NVL": 835, "H100 PCIe": 756, "H200 NVL": 836, "H200": 989, "H100": 989, "GH200": 989,
@@ -36,7 +38,7 @@ def meta_model(config: PreTrainedConfig) -> nn.Module:
     """
     name = (config.architectures or [None])[0]
     kind = getattr(transformers, name) if name else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with torch.device("meta"):
+    with no_deepspeed(), torch.device("meta"):
         return kind(config)
 
 

@@ -126,12 +126,16 @@ def load_trained(
     Call it after TrainingArguments exist, so that ZeRO-3 shards the model while it is built.
     """
     scored = config.architectures[0].endswith("ForSequenceClassification")
-    std, config.initializer_range = config.initializer_range, 0.0 if scored else config.initializer_range
+    std, verbosity = config.initializer_range, transformers.logging.get_verbosity()
+    config.initializer_range = 1e-30 if scored else std  # in the place of 0 the library puts 0.02
+    transformers.logging.set_verbosity_error()  # it warns of a new score head; what else is missing is refused below
     loaded, info = getattr(transformers, config.architectures[0]).from_pretrained(
         name, config=config, revision=model.model_revision, dtype=model.dtype, output_loading_info=True,
         attn_implementation=model.attn_implementation, quantization_config=trl.get_quantization_config(model),
     )  # fmt: skip
+    transformers.logging.set_verbosity(verbosity)
     loaded.config.initializer_range = std
+    loaded.name_or_path = model.model_name_or_path  # an adapter names it as its base, rather than a folder in the cache
     if missing := sorted(set(info["missing_keys"]) - {"score.weight"}):
         raise UserError(f"model_name_or_path: {name} has no weights for {', '.join(missing[:3])}")
     if len(tokenizer) > config.vocab_size:
@@ -141,4 +145,5 @@ def load_trained(
         others = [known] if isinstance(known, int) else known
         loaded.generation_config.eos_token_id = list(dict.fromkeys([stop_id, *others]))
         loaded.generation_config.pad_token_id = tokenizer.pad_token_id
+        loaded.config.eos_token_id = tokenizer.eos_token_id
     return loaded

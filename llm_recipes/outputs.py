@@ -142,7 +142,10 @@ def save_model(trainer: Trainer, merge: bool = False) -> None:
     if trainer.args.process_index == 0:
         folder = Path(trainer.args.output_dir)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and no one needs it
-        if (folder / "adapter_config.json").is_file() and not merge:
+        adapted = (folder / "adapter_config.json").is_file()
+        if adapted and (generation := getattr(trainer.model, "generation_config", None)) is not None:
+            generation.save_pretrained(folder)  # where answers end; peft leaves it out
+        if adapted and not merge:
             return
         if merge:
             _set_beside(folder)
@@ -163,7 +166,7 @@ def _set_beside(folder: Path) -> None:
     (folder / "adapter").mkdir(exist_ok=True)
     for path in folder.glob("adapter_*"):
         os.replace(path, folder / "adapter" / path.name)
-    for path in [*folder.glob("*token*"), *folder.glob("chat_template.jinja")]:
+    for path in [*folder.glob("*token*"), *folder.glob("chat_template.jinja"), *folder.glob("generation_config.json")]:
         shutil.copy(path, folder / "adapter")
     base = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     adapters.merge(folder / "adapter", base, folder)
@@ -208,9 +211,15 @@ def write_results(
 
 
 def _task(folder: Path) -> str:
-    """What the Hub calls the use of the model in `folder`."""
-    name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    tasks = {"ForMaskedLM": "fill-mask", "ForConditionalGeneration": "text2text-generation"}
+    """What the Hub calls the use of the model or adapter in `folder`."""
+    if (folder / "config.json").is_file():
+        name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    else:
+        name = json.loads((folder / "adapter_config.json").read_text())["task_type"]
+    tasks = {
+        "ForMaskedLM": "fill-mask", "ForConditionalGeneration": "text2text-generation",
+        "ForSequenceClassification": "text-classification", "SEQ_CLS": "text-classification",
+    }  # fmt: skip
     return next((task for suffix, task in tasks.items() if name.endswith(suffix)), "text-generation")
 
 

@@ -23,7 +23,10 @@ def preflight(
 ) -> None:  # fmt: skip
     """Checks all that does not need the rows. Raises UserError with every problem, one a line; nothing is written."""
     parameters = parameter_count(config)
-    problems = run_problems(args, run, bool(data.eval_fraction or data.eval_datasets), parameters)
+    held_out = bool(data.eval_fraction or data.eval_datasets)
+    problems = run_problems(args, run, held_out, parameters)
+    if not held_out and config.architectures[0].endswith("ForSequenceClassification"):
+        problems.append("a reward model is judged on held-out pairs: set eval_fraction above 0, or eval_datasets")
     problems += adapter_problems(model, adapter, args)
     context = getattr(config, "max_position_embeddings", None)
     if args.max_length is None:

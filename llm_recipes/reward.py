@@ -196,13 +196,13 @@ def judge(trainer, pairs: Dataset, policy: str, encoder: Encoder, samples: int, 
     saved = load_saved(folder, trainer.model)
     figures["saved_difference"] = check_saved(folder, saved, sides[0][:32], scores[0][:32], pad_id, batch_size)
     if samples:
-        with no_deepspeed():
-            model = AutoModelForCausalLM.from_pretrained(policy, dtype=saved.dtype).to(saved.device)
-        model.generation_config.eos_token_id = encoder.stop_id
         rows = pairs.select(range(min(samples, len(pairs))))
         prompts = [ids[:size] for ids, size in zip(rows["chosen_ids"], rows["prompt_size"], strict=True)]
-        torch.manual_seed(trainer.args.seed)
-        drawn = generate(model, prompts, pad_id, max_new_tokens, sample=True)
+        with no_deepspeed():  # or generating would wait for the other ranks
+            model = AutoModelForCausalLM.from_pretrained(policy, dtype=saved.dtype).to(saved.device)
+            model.generation_config.eos_token_id = encoder.stop_id
+            torch.manual_seed(trainer.args.seed)
+            drawn = generate(model, prompts, pad_id, max_new_tokens, sample=True)
         figures |= statistics(score(saved, [p + d for p, d in zip(prompts, drawn, strict=True)], pad_id, batch_size))
         if (folder / "config.json").is_file():
             config = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""The pretraining recipe with a fault of tests/running.py in it, for `accelerate launch`."""
+"""A recipe with a fault of tests/running.py in it, for `accelerate launch`."""
 
 import os
 import runpy
@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.running import PRETRAIN, apply
+from tests.running import apply
 
 if os.environ["FAULT_RANK"] in ("", os.environ["RANK"]):
     apply(os.environ["FAULT"])
-sys.argv[0] = str(PRETRAIN)
-runpy.run_path(str(PRETRAIN), run_name="__main__")
+sys.argv[0] = os.environ["FAULT_SCRIPT"]
+runpy.run_path(sys.argv[0], run_name="__main__")

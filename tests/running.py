@@ -17,7 +17,7 @@ from typing import NamedTuple
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-PRETRAIN = ROOT / "recipes/pretrain/run.py"
+PRETRAIN, SFT, REWARD, DPO = (ROOT / f"recipes/{stage}/run.py" for stage in ("pretrain", "sft", "rlhf/reward", "dpo"))
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -58,6 +58,104 @@ def write_config(folder: Path, name: str = "tiny.yaml", **keys) -> Path:
     config = {key: value for key, value in (config | keys).items() if value is not None}
     (folder / name).write_text(yaml.safe_dump(config))
     return folder / name
+
+
+def random_words(rng: random.Random, longest: int) -> str:
+    words = [*"the cat dog sees eats likes red fish runs".split(), "a", "12", "345"]  # noqa: SIM905
+    return " ".join(rng.choices(words, k=rng.randint(1, longest)))
+
+
+def post_training_stage(folder: Path) -> Path:
+    """Fills `folder` with what the recipes after pretraining start from, and returns it.
+
+    `base` is a tiny random model as pretraining leaves it, `chat` the same weights with ChatML in the tokenizer. Weights
+    are ten times as large as usual, so that what a token attends to shows in its loss. train.jsonl and held.jsonl have 16
+    rows each for all three recipes, whose lengths differ. tiny.yaml trains three steps of 8 rows at a constant rate.
+    """
+    from transformers import AutoConfig
+
+    from llm_recipes.conversations import load_chat_tokenizer
+    from llm_recipes.models import from_scratch
+    from llm_recipes.tokenization import train_tokenizer
+
+    rng = random.Random(0)
+    tokenizer = train_tokenizer([{"text": random_words(rng, 60)} for _ in range(100)], 300)
+    keys = TINY_MODEL | {"max_position_embeddings": 512, "initializer_range": 0.2, "vocab_size": len(tokenizer)}
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    kind = keys.pop("model_type")
+    model = from_scratch(AutoConfig.for_model(kind, **keys, **ids), seed=0)
+    for name in ("base", "chat"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    load_chat_tokenizer(str(folder / "chat"), "main")[0].save_pretrained(folder / "chat")
+    for name in ("train", "held"):
+        columns = ("prompt", "completion", "chosen", "rejected")
+        write_rows(f"{folder}/{name}.jsonl", [{key: random_words(rng, 12) for key in columns} for _ in range(16)])
+    config = {
+        "model_name_or_path": str(folder / "base"), "output_dir": "out", "max_length": 256, "global_batch_size": 8,
+        "per_device_train_batch_size": 8, "max_steps": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
+        "datasets": [{"path": str(folder / "train.jsonl")}], "eval_datasets": [{"path": str(folder / "held.jsonl")}],
+        "logging_steps": 1, "save_steps": 3, "use_cpu": True, "report_to": "none",
+    }  # fmt: skip
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def write_rows(path: str | Path, rows: list[dict]) -> str:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def add_adapter(model: str, folder: str) -> None:
+    """A LoRA adapter on all linear layers of the model in the folder `model`, far from zero, with its tokenizer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+
+
+def metrics(folder: str) -> dict:
+    return json.loads(Path(folder, "metrics.json").read_text())
+
+
+def history(folder: str = "out") -> list[dict]:
+    """What was logged at each logging step, from the newest checkpoint."""
+    from llm_recipes.checkpoints import checkpoints
+
+    state = json.loads((checkpoints(folder)[0] / "trainer_state.json").read_text())
+    return [row for row in state["log_history"] if "loss" in row]
+
+
+def curve(folder: str = "out") -> list[tuple[float, float]]:
+    return [(row["loss"], row["grad_norm"]) for row in history(folder)]
+
+
+def difference(first: str, second: str) -> float:
+    """Greatest difference of a weight."""
+    from safetensors.torch import load_file
+
+    a, b = load_file(f"{first}/model.safetensors"), load_file(f"{second}/model.safetensors")
+    tied = {"lm_head.weight"}  # DeepSpeed hands every name over, tied ones too
+    assert a.keys() ^ b.keys() <= tied
+    return max((a[name] - b[name]).abs().max().item() for name in a.keys() & b.keys())
+
+
+def check_same_training(first: str, second: str, *held_out: str) -> None:
+    """Loss and gradient norm of every step and the `held_out` metrics within 2e-5, final weights within 1e-4, in fp32:
+    sums in another order."""
+    one, two = curve(first), curve(second)
+    assert max(abs(x - y) for a, b in zip(one, two, strict=True) for x, y in zip(a, b, strict=True)) < 2e-5, (one, two)
+    assert difference(first, second) < 1e-4
+    one, two = metrics(first), metrics(second)
+    assert all(abs(one[key] - two[key]) < 2e-5 for key in held_out), (one, two)
 
 
 def run(
@@ -221,25 +319,41 @@ def fsdp_on_cpu(_: int = 0):
     TrainingArguments.__post_init__ = pretend
 
 
+def count_parameters(step: int):
+    """Says at `step` how many numbers are in all the parameters that this process holds."""
+    import gc
+
+    import torch
+
+    def act():
+        found = [o.numel() for o in gc.get_objects() if type(o) is torch.nn.Parameter and o.device.type != "meta"]
+        print(f"parameters held: {sum(found)}")
+
+    _at_step(step, act)
+
+
 FAULTS = {
-    f.__name__: f
-    for f in (send_signal, stop_uncompiled, kill_in_save, poison_step, poison_window, limit_file_size, fsdp_on_cpu)
-}
+    f.__name__: f for f in (
+        count_parameters, send_signal, stop_uncompiled, kill_in_save, poison_step, poison_window, limit_file_size,
+        fsdp_on_cpu,
+    )
+}  # fmt: skip
 
 
 def launch(
-    config: str, *argv, fault: str = "", rank: int | None = None, processes: int = 2, timeout: int = 240
-) -> Result:
-    """`accelerate launch` of the pretraining recipe with accelerate_configs/<config>.yaml, for what needs several processes.
+    config: str, *argv, script: Path = PRETRAIN, fault: str = "", rank: int | None = None, processes: int = 2,
+    timeout: int = 240,
+) -> Result:  # fmt: skip
+    """`accelerate launch` of a recipe with accelerate_configs/<config>.yaml, for what needs several processes.
 
     `fault` as in `run`, on one `rank` or on all.
     """
-    script = PRETRAIN if not fault else ROOT / "tests/faulty.py"
+    started = ROOT / "tests/faulty.py" if fault else script
     command = [
         Path(sys.executable).parent / "accelerate", "launch", "--config_file", ROOT / f"accelerate_configs/{config}.yaml",
-        "--num_processes", processes, "--main_process_port", 0, script, *argv,
+        "--num_processes", processes, "--main_process_port", 0, started, *argv,
     ]  # fmt: skip
     env = {key: value for key, value in os.environ.items() if key != "ACCELERATE_USE_CPU"}
-    env |= {"FAULT": fault, "FAULT_RANK": "" if rank is None else str(rank)}
+    env |= {"FAULT": fault, "FAULT_SCRIPT": str(script), "FAULT_RANK": "" if rank is None else str(rank)}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout, env=env)
     return Result(done.returncode, done.stdout, done.stderr)

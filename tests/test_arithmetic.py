@@ -171,14 +171,37 @@ def test_wrong_answers_have_the_announced_error_alone():
     assert all(300 < carried[error] < 1200 for error in ERRORS[:3]), carried
 
 
-def test_pretraining_text_is_plain():
-    texts = generate("pretrain", 4000)["text"]
-    drills = [text for text in texts if re.fullmatch(r"(\d+[-+*/]\d+=\d+\n?){8}", text)]
-    assert 0.2 < len(drills) / len(texts) < 0.3 and not any("<<" in text or "#" in text for text in texts)
-    for text in texts:
-        equations = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", text)
-        assert all(evaluate(x, sign, y) == int(value) for x, sign, y, value in equations)
-        assert text in drills or text.endswith(f"\nThe answer is {equations[-1][3]}.")
+def test_pretraining_text_is_prose_drills_and_graded_homework():
+    """Every equation in prose is right, every verdict true; half of what is graded is wrong."""
+    kinds = {"prose": 0, "drill": 0, "marked": 0, "graded": 0}
+    verdicts = []
+    for text in generate("pretrain", 4000)["text"]:
+        lines = text.split("\n")
+        equations = re.findall(r"<<(\d+)(.)(\d+)=(\d+)>>", text)
+        true = [evaluate(x, sign, y) == int(z) for x, sign, y, z in equations]
+        if not equations:
+            kinds["prose"] += 1
+            assert lines[0].endswith("?") and re.fullmatch(r"The answer is \d+\.", lines[-1])
+            assert all(evaluate(x, s, y) == int(z) for x, s, y, z in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", text))
+        elif lines[0] != "Homework:":
+            kinds["drill"] += 1
+            said = [re.fullmatch(r"<<[^>]*>> (right|wrong)", line)[1] for line in lines]
+            assert said == ["right" if ok else "wrong" for ok in true] and len(said) == 8
+            verdicts += said
+        else:
+            marks = [line.split()[-1] for line in lines[2:-2]]
+            marked = marks[0] in ("right", "wrong")
+            kinds["marked" if marked else "graded"] += 1
+            assert lines[-2] == f"#### {equations[-1][3]}" and lines[-1] in ("right", "wrong")
+            if not all(true):
+                assert lines[-1] == "wrong"
+            if marked:
+                assert (lines[-1] == "wrong") == ("wrong" in marks) and marks.count("wrong") <= 1
+                assert all(mark == "wrong" for mark, ok in zip(marks, true, strict=True) if not ok)
+            verdicts.append(lines[-1])
+    assert kinds["prose"] == pytest.approx(1600, abs=150) and kinds["drill"] == pytest.approx(800, abs=120)
+    assert kinds["marked"] == pytest.approx(1000, abs=130) and kinds["graded"] == pytest.approx(600, abs=110)
+    assert verdicts.count("wrong") / len(verdicts) == pytest.approx(0.5, abs=0.05)
 
 
 def test_prompts_and_test_set_have_the_same_answers_as_their_problems():

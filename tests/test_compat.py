@@ -10,6 +10,7 @@ from datasets import Dataset
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from transformers import AutoConfig, Trainer
+from trl import DPOTrainer
 
 from llm_recipes import _compat
 from tests.running import ROOT
@@ -69,6 +70,16 @@ def test_fingerprint_follows_the_content():
 
 def test_best_model_is_loaded_at_the_end():
     assert "self._load_best_model()" in inspect.getsource(Trainer._finalize_training)
+
+
+def test_dpo_keeps_the_reference_under_our_hash():
+    source = inspect.getsource(DPOTrainer._precompute_ref_logps)
+    assert "model_hash = self._precompute_model_hash" in source
+    assert "Hasher.hash((dataset._fingerprint, model_hash))" in source
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    assert _compat._weights_digest(first) != _compat._weights_digest(second)
+    second.load_state_dict(first.state_dict())
+    assert _compat._weights_digest(first) == _compat._weights_digest(second)
 
 
 def test_private_names_are_nowhere_else():

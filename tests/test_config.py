@@ -2,15 +2,19 @@ import dataclasses
 import typing
 
 import pytest
+import trl
 import yaml
 from transformers import TrainingArguments
-from trl import SFTConfig
 
 from llm_recipes.config import (
+    AdapterConfig,
+    AnswerConfig,
+    ConversationConfig,
     DataConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizationConfig,
+    RewardModelConfig,
     RunConfig,
     TokenizerConfig,
     TokenizerTrainingConfig,
@@ -181,7 +185,7 @@ def test_accelerate_precision_is_not_overridden_silently(monkeypatch):
     assert config._derive(values) == [] and values["bf16"] is True
 
 
-@pytest.mark.parametrize("cls", [TrainingArguments, SFTConfig])
+@pytest.mark.parametrize("cls", [TrainingArguments, trl.SFTConfig])
 def test_library_defaults_pass_their_own_types(cls):
     hints = typing.get_type_hints(cls)
     wrong = {}
@@ -195,7 +199,14 @@ def test_library_defaults_pass_their_own_types(cls):
     assert wrong == {}
 
 
-PARSED_BY = {"recipes/pretrain": PARTS, "recipes/tokenizer": (TokenizerTrainingConfig, DataConfig)}
+CHAT = (RunConfig, ConversationConfig, AdapterConfig, trl.ModelConfig)
+PARSED_BY = {
+    "recipes/pretrain": PARTS,
+    "recipes/tokenizer": (TokenizerTrainingConfig, DataConfig),
+    "recipes/sft": (*CHAT, AnswerConfig, trl.SFTConfig),
+    "recipes/rlhf/reward": (*CHAT, RewardModelConfig, trl.RewardConfig),
+    "recipes/dpo": (*CHAT, AnswerConfig, trl.DPOConfig),
+}
 RECIPE_YAMLS = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
@@ -210,7 +221,7 @@ def test_every_yaml_is_known():
     """A YAML added anywhere must be covered by a test; change the counts together with the tree."""
     accelerate = {p.stem for p in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert accelerate == {"cpu", "single_gpu", "ddp", "zero2", "zero3", "fsdp2"}
-    assert len(RECIPE_YAMLS) == 12
+    assert len(RECIPE_YAMLS) == 26
     tracked = [p for p in ROOT.rglob("*.yaml") if not {".venv", "outputs"} & set(p.relative_to(ROOT).parts)]
     assert len(tracked) == len(RECIPE_YAMLS) + len(accelerate)
 

@@ -149,8 +149,8 @@ def test_a_template_whose_answers_do_not_end(folder):
 
 
 def test_base_tokenizer_gets_a_template_an_end_of_turn_and_keeps_its_padding(folder):
-    tokenizer, report, added = load_chat_tokenizer(str(folder), "main")
-    assert (tokenizer.eos_token, tokenizer.pad_token, added) == ("<|im_end|>", "<|pad|>", 0)
+    tokenizer, report, added, untrained = load_chat_tokenizer(str(folder), "main")
+    assert (tokenizer.eos_token, tokenizer.pad_token, added, untrained) == ("<|im_end|>", "<|pad|>", 0, True)
     assert report == [f"no chat template in {folder}: ChatML put in, turns end with <|im_end|>"]
 
 
@@ -158,8 +158,13 @@ def test_padding_that_is_the_eos_is_replaced(folder, tmp_path):
     tokenizer = with_template(folder, INST)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
-    found, report, added = load_chat_tokenizer(str(tmp_path), "main")
-    assert found.pad_token_id not in (found.eos_token_id, None) and added == 0 and found.chat_template == INST
+    found, report, added, untrained = load_chat_tokenizer(str(tmp_path), "main")
+    assert (
+        found.pad_token_id not in (found.eos_token_id, None)
+        and added == 0
+        and found.chat_template == INST
+        and not untrained
+    )
     assert report == [f"padding was <|endoftext|>, the EOS; now it is {found.pad_token}"]
 
 
@@ -170,7 +175,7 @@ def test_a_tokenizer_without_chat_tokens_gets_them(tmp_path):
     raw = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>").save_pretrained(tmp_path)
-    tokenizer, report, added = load_chat_tokenizer(str(tmp_path), "main")
+    tokenizer, report, added, _ = load_chat_tokenizer(str(tmp_path), "main")
     assert added == 2 and tokenizer.pad_token == "<eos>" and tokenizer.eos_token == "<|im_end|>"
     assert "2 ids added to the tokenizer" in report[-1]
     assert Encoder(tokenizer).stop_id == tokenizer.eos_token_id

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from llm_recipes.checkpoints import checkpoints, damage
-from tests.running import TINY_MODEL, launch, run
+from tests.running import TINY_MODEL, curve, difference, launch, run
 
 KEYS = {
     "eval_fraction": 0.7,  # so little to train on that the second epoch begins within the run
@@ -17,18 +17,6 @@ KEYS = {
 }  # fmt: skip
 BERT = TINY_MODEL | {"model_type": "bert", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 T5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
-
-
-def curve(folder="out"):
-    state = checkpoints(folder)[0] / "trainer_state.json"
-    return [(row["loss"], row["grad_norm"]) for row in json.loads(state.read_text())["log_history"] if "loss" in row]
-
-
-def difference(first, second):
-    a, b = load_file(f"{first}/model.safetensors"), load_file(f"{second}/model.safetensors")
-    tied = {"lm_head.weight"}  # DeepSpeed hands every name over, tied ones too
-    assert a.keys() ^ b.keys() <= tied
-    return max((a[name] - b[name]).abs().max().item() for name in a.keys() & b.keys())
 
 
 @pytest.mark.parametrize(

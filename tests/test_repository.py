@@ -1,6 +1,7 @@
 """What README and CONTRIBUTING promise about the tree itself."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_recipes.config import load_yaml
 from tests.running import ROOT, run, write_texts
 
 README = (ROOT / "README.md").read_text()
@@ -24,10 +26,47 @@ SMALL = {
 
 def test_readme_commands_are_those_tested_here():
     words = {shlex.split(line)[0] for line in COMMANDS}
-    assert words == {"accelerate", "python", "make", "cp"} and len(COMMANDS) == 8
+    assert words == {"accelerate", "python", "make", "cp"} and len(COMMANDS) == 12
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("python", "accelerate"))])
+CHAIN = [command for command in COMMANDS if re.fullmatch(r"python recipes/[\w/]+/run.py", command)]
+
+
+def test_the_chain_of_the_readme_runs_without_arguments(tmp_path, monkeypatch):
+    """Each stage finds the one before it. Only sizes are changed: two steps on few rows."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(ROOT / "recipes", "recipes")
+    views = {"sft": "sft", "rlhf/reward": "preference", "dpo": "preference"}
+    assert [Path(command.split()[1]).parent.as_posix().removeprefix("recipes/") for command in CHAIN] == [
+        "pretrain",
+        *views,
+    ]
+    for stage in ("sft", "dpo"):
+        early = run(script=Path(f"recipes/{stage}/run.py").absolute())
+        missing = load_yaml(ROOT / f"recipes/{stage}/config.yaml")[0]["model_name_or_path"]
+        assert (
+            early.code == 2 and f"{missing} does not exist: run recipes/{Path(missing).name}/run.py first" in early.err
+        )
+    for command in CHAIN:
+        stage = Path(command.split()[1]).parent.as_posix().removeprefix("recipes/")
+        view = {"path": f"builtin:arithmetic/{views.get(stage, 'pretrain')}", "rows": 800}
+        small = {"max_steps": 2, "warmup_steps": 0, "datasets": [view]}
+        small |= (
+            {"eval_datasets": [view | {"split": "test", "rows": 40}]}
+            if stage in views
+            else {"eval_strategy": "no", "tokenizer_vocab_size": 600}
+        )
+        small |= {"answers": {"path": "builtin:arithmetic/test", "rows": 4}} if stage in ("sft", "dpo") else {}
+        small |= {"score_samples": 4} if stage == "rlhf/reward" else {}
+        words = [word for key, value in small.items() for word in (f"--{key}", json.dumps(value))]
+        done = run(*words, script=Path(command.split()[1]).absolute())
+        assert done.code == 0, done.err
+    assert {p.name for p in Path("outputs").iterdir()} == {"pretrain", "sft", "reward", "dpo"}
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith(("python", "accelerate")) and (c not in CHAIN or "pretrain" in c)]
+)
 def test_readme_command(tmp_path, monkeypatch, command):
     """As written, but for two steps on little data where the command leaves those open."""
     monkeypatch.chdir(tmp_path)
@@ -72,7 +111,7 @@ def test_recipes_are_templates(path):
     tree = ast.parse(source)
     assert len(source.splitlines()) <= 120
     assert [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)] == ["main"]
-    assert f"| [`recipes/{path.parent.name}/`]" in README and (path.parent / "config.yaml").is_file()
+    assert f"| [`{path.parent.relative_to(ROOT)}/`]" in README and (path.parent / "config.yaml").is_file()
 
 
 def test_imports_go_down_only():

@@ -1,16 +1,17 @@
-"""Every pretraining YAML trains: model shape and data are swapped for tiny local ones, all else is as shipped.
+"""Every YAML trains: model shape and data are swapped for tiny local ones, all else is as shipped.
 
 A run is stopped by SIGTERM in its second step, so that the steps and the schedule stay as shipped too.
 """
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import yaml
 
 from llm_recipes.config import load_yaml
-from tests.running import ROOT, run, write_config, write_texts
+from tests.running import ROOT, TINY_MODEL, run, write_config, write_texts
 
 YAMLS = sorted((ROOT / "recipes/pretrain").glob("*.yaml"))
 SMALL = {
@@ -45,7 +46,7 @@ def shrunk(path, stage):
         swap |= {"model_config": model, "tokenizer_name_or_path": str(stage / "model"), "tokenizer_vocab_size": None}
     else:
         swap["model_name_or_path"] = str(stage / "model")
-    return [word for key, value in swap.items() for word in (f"--{key}", json.dumps(value))]
+    return words(swap)
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
@@ -58,6 +59,59 @@ def test_yaml_trains_two_steps(path, stage, tmp_path, monkeypatch):
     config = yaml.safe_load(Path("out/run.yaml").read_text())["config"]
     shipped = load_yaml(path)[0]
     assert config["global_batch_size"] == shipped["global_batch_size"] and config["max_steps"] == shipped["max_steps"]
+
+
+POST_TRAINING = sorted(p for stage in ("sft", "rlhf/reward", "dpo") for p in (ROOT / "recipes" / stage).glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny model with room for every max_length, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    model = TINY_MODEL | {"max_position_embeddings": 8192}
+    config = write_config(folder, max_steps=2, eval_fraction=0, output_dir=str(folder / "model"), model_config=model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run("--config", config).code == 0
+    return str(folder / "model")
+
+
+@pytest.mark.parametrize("path", POST_TRAINING, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_post_training_yaml_trains_two_steps(path, base, tmp_path, monkeypatch):
+    """The kernel and 4 bits need a GPU: off, after the refusal was seen."""
+    monkeypatch.chdir(tmp_path)
+    shipped, script = load_yaml(path)[0], path.parent / "run.py"
+    kind = "sft" if path.parent.name == "sft" else "preference"
+    warmup = shipped["warmup_steps"] if shipped["warmup_steps"] >= 1 else 0
+    batch = shipped["global_batch_size"]
+    swap = {
+        "model_name_or_path": base, "datasets": [{"path": f"builtin:arithmetic/{kind}", "rows": batch * (2 + warmup) + 1}],
+        "eval_datasets": [{"path": f"builtin:arithmetic/{kind}", "split": "test", "rows": batch}],
+        "max_length": max(shipped["max_length"], 1024),  # byte by byte a problem is longer
+        "eval_strategy": "no", "output_dir": "out",
+    }  # fmt: skip
+    if shipped.get("load_in_4bit"):
+        refused = run("--config", path, *words(swap), script=script)
+        assert (
+            refused.code == 2
+            and refused.err.startswith("load_in_4bit needs an NVIDIA GPU")
+            and not Path("out").exists()
+        )
+        swap |= {"load_in_4bit": False, "optim": "adamw_torch"}
+    if "attn_implementation" in shipped:
+        swap["attn_implementation"] = None
+    if shipped.get("packing"):
+        swap["datasets"][0]["rows"] = 2000
+    if "answers" in shipped:
+        swap["answers"] = shipped["answers"] | {"rows": 2}
+    done = run("--config", path, *words(swap), script=script, fault=f"send_signal:2:{signal.SIGTERM.value}")
+    assert done.code == 75, done.out + done.err
+    assert json.loads(Path("out/checkpoint-2/trainer_state.json").read_text())["global_step"] == 2
+    assert Path("out/checkpoint-2/adapter_model.safetensors").exists() == shipped.get("use_peft", False)
+
+
+def words(keys: dict) -> list[str]:
+    return [word for key, value in keys.items() for word in (f"--{key}", json.dumps(value))]
 
 
 @pytest.mark.parametrize("objective", ["masked", "prefix", "span_corruption"])

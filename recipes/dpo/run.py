@@ -35,7 +35,7 @@ def main():
 
     # 2. Model's configuration and tokenizer, and every check that needs no more than these
     name = whole_model(model_config.model_name_or_path, model_config.model_revision)
-    tokenizer, report, added = load_chat_tokenizer(name, model_config.model_revision, args.chat_template_path)
+    tokenizer, report, added, untrained = load_chat_tokenizer(name, model_config.model_revision)
     config = trained_config(name, model_config, tokenizer, added=added)
     post_training.preflight(args, run, data, model_config, adapter, config)
     questions = load_questions(answers.answers) if answers.answers else None
@@ -45,7 +45,7 @@ def main():
     train, evaluation, said, digests = make_rows(data, encoder, "pairs", args)
 
     # 4. The plan
-    peft_config = lora_config(model_config, "CAUSAL_LM")
+    peft_config = lora_config(model_config, config, untrained)
     record = outputs.describe(run.resolved, {"data": digests, "tokenizer": encoder.digest})
     trained = trained_parameters(config, peft_config)
     post_training.plan(args, run, config, encoder, train, evaluation, report + said, record, trained)
@@ -56,8 +56,9 @@ def main():
     # 5. Model and trainer. The reference's log-probs are computed here, once, and cached beside the rows.
     model = load_trained(name, model_config, config, tokenizer, encoder.stop_id)
     trainer = PairsTrainer(
-        model, args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer, peft_config=peft_config
-    )
+        model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer,
+        peft_config=peft_config,
+    )  # fmt: skip
     check_strategy(trainer.accelerator)
     throughput = Throughput(post_training.token_counter(args, train))
     show_progress(trainer, throughput)

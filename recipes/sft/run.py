@@ -34,7 +34,9 @@ def main():
 
     # 2. Model's configuration and tokenizer, and every check that needs no more than these
     name = whole_model(model_config.model_name_or_path, model_config.model_revision)
-    tokenizer, report, added = load_chat_tokenizer(name, model_config.model_revision, args.chat_template_path)
+    tokenizer, report, added, untrained = load_chat_tokenizer(
+        name, model_config.model_revision, args.chat_template_path
+    )
     config = trained_config(name, model_config, tokenizer, added=added)
     post_training.preflight(args, run, data, model_config, adapter, config)
     questions = load_questions(answers.answers) if answers.answers else None
@@ -44,7 +46,7 @@ def main():
     train, evaluation, said, digests = make_rows(data, encoder, "sft", args)
 
     # 4. The plan
-    peft_config = lora_config(model_config, "CAUSAL_LM")
+    peft_config = lora_config(model_config, config, untrained)
     record = outputs.describe(run.resolved, {"data": digests, "tokenizer": encoder.digest})
     trained = trained_parameters(config, peft_config)
     post_training.plan(args, run, config, encoder, train, evaluation, report + said, record, trained)

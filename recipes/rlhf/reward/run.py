@@ -32,7 +32,9 @@ def main():
 
     # 2. Model's configuration and tokenizer, and every check that needs no more than these
     name = whole_model(model_config.model_name_or_path, model_config.model_revision)
-    tokenizer, report, added = load_chat_tokenizer(name, model_config.model_revision, args.chat_template_path)
+    tokenizer, report, added, untrained = load_chat_tokenizer(
+        name, model_config.model_revision, args.chat_template_path
+    )
     config = trained_config(name, model_config, tokenizer, "SEQ_CLS", added)
     post_training.preflight(args, run, data, model_config, adapter, config)
 
@@ -41,7 +43,7 @@ def main():
     train, evaluation, said, digests = make_rows(data, encoder, "scored", args)
 
     # 4. The plan
-    peft_config = lora_config(model_config, "SEQ_CLS")
+    peft_config = lora_config(model_config, config, untrained)
     record = outputs.describe(run.resolved, {"data": digests, "tokenizer": encoder.digest})
     trained = trained_parameters(config, peft_config)
     post_training.plan(args, run, config, encoder, train, evaluation, report + said, record, trained)
