@@ -21,6 +21,7 @@ from transformers.utils import find_adapter_config_file
 from llm_recipes._compat import no_deepspeed
 from llm_recipes.config import AdapterConfig, check_local
 from llm_recipes.datasets import cache_dir, hasher
+from llm_recipes.errors import UserError
 from llm_recipes.metrics import meta_model
 
 
@@ -88,11 +89,14 @@ def lora_config(model: trl.ModelConfig, config: PreTrainedConfig, untrained: boo
 
 
 def trained_parameters(config: PreTrainedConfig, peft_config: LoraConfig | None) -> int | None:
-    """Parameters that are trained with an adapter, None without one."""
+    """Parameters that are trained with an adapter, None without one. Raises UserError for modules that are not there."""
     if peft_config is None:
         return None
-    with torch.device("meta"):
-        return get_peft_model(meta_model(config), peft_config).get_nb_trainable_parameters()[0]
+    try:
+        with torch.device("meta"):
+            return get_peft_model(meta_model(config), peft_config).get_nb_trainable_parameters()[0]
+    except ValueError as error:
+        raise UserError(f"lora_*: peft refuses them: {' '.join(str(error).split())[:300]}") from error
 
 
 def adapter_problems(model: trl.ModelConfig, adapter: AdapterConfig, args) -> list[str]:

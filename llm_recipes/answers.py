@@ -6,22 +6,27 @@ from datasets import Dataset
 from llm_recipes.arithmetic import final_answer
 from llm_recipes.config import Source
 from llm_recipes.conversations import Encoder
-from llm_recipes.datasets import load_rows
+from llm_recipes.datasets import load_rows, rename
 from llm_recipes.errors import UserError
 from llm_recipes.metrics import wilson
 
 
 def load_questions(source: Source) -> Dataset:
     """Rows with `question` and a gold `answer` in GSM8K's format. Raises UserError for a row without."""
-    rows = load_rows(source)
-    for ours, theirs in source.columns.items():
-        rows = rows.rename_column(theirs, ours) if theirs in rows.column_names else rows
+    rows = rename(load_rows(source), source, "answers")
     if not {"question", "answer"} <= set(rows.column_names):
         raise UserError(
             f"answers: {source.path} has the columns {', '.join(rows.column_names)}; needed: question, answer"
         )
-    if bad := [i for i, answer in enumerate(rows["answer"]) if not final_answer(answer)]:
-        raise UserError(f"answers: {source.path}: row {bad[0]} has no final answer after #### ({len(bad)} such rows)")
+    pairs = zip(rows["question"], rows["answer"], strict=True)
+    if bad := [
+        i
+        for i, pair in enumerate(pairs)
+        if not all(isinstance(text, str) for text in pair) or not final_answer(pair[1])
+    ]:
+        raise UserError(
+            f"answers: {source.path}: row {bad[0]} has no question or no final answer after #### ({len(bad)} such rows)"
+        )
     return rows
 
 
@@ -31,7 +36,7 @@ def generate(
 ) -> list[list[int]]:
     """Completions of token-id prompts up to the end of turn, which stays in: greedy, or a `sample` at temperature 1.
 
-    Batches are sorted by length and padded left.
+    Batches are sorted by length and padded left. The penalties of a model's own generation_config do not count.
     """
     completions, order = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     training, how = model.training, {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}
@@ -43,7 +48,7 @@ def generate(
         mask = torch.tensor([[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in rows])
         out = model.generate(
             ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=sample,
-            use_cache=True, pad_token_id=pad_id, **how,
+            use_cache=True, pad_token_id=pad_id, repetition_penalty=1.0, no_repeat_ngram_size=0, **how,
         )[:, width:].tolist()  # fmt: skip
         stops = model.generation_config.eos_token_id
         stops = {stops} if isinstance(stops, int) else set(stops or [])

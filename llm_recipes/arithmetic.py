@@ -24,7 +24,7 @@ VIEWS = ("pretrain", "sft", "preference", "prompts", "test")
 SPLITS = ("train", "test")
 DIFFICULTY = 1
 # difficulty: (largest value anywhere, largest smaller factor of a product and largest divisor)
-LIMITS = {1: (20, 9), 2: (50, 9), 3: (100, 10), 4: (1_000, 12), 5: (10_000, 99)}
+LIMITS = {1: (12, 9), 2: (20, 9), 3: (50, 9), 4: (100, 10), 5: (1_000, 12)}
 SMALLEST = 2
 ERRORS = ("wrong_operation", "wrong_intermediate", "off_by_one", "missing_answer")
 DRILL = 8  # equations in a drill
@@ -386,7 +386,7 @@ FAMILIES = (
         "{name} reads {a} pages each morning and {b} each night. How many pages does {he} read in {c} weeks?",
         "Every day {name} writes {a} pages and {name2} writes {b}. How many pages do they write in {c} weeks?",
         "For {c} weeks {name} reads {a} pages at school and {b} at home every day. How many pages is that?",
-    ), level=4),
+    ), level=5),
     Family("dozens", {
         "r=a*12": "First there are {eq} {items}.",
         "s=r-b": "Then {eq} are left.",
@@ -395,7 +395,7 @@ FAMILIES = (
         "{name} has {a} dozen {items}. {He} sells {b} and buys {c} more. How many {items} does {he} have now?",
         "A shop has {a} dozen {items}. It sells {b} and gets {c} new ones. How many {items} does it have now?",
         "There are {a} dozen {items} in a {box}. {name} takes out {b} and puts in {c}. How many are there now?",
-    ), level=2),
+    ), level=3),
     Family("minutes", {
         "r=a*60": "The whole time is {eq} minutes.",
         "s=r-b": "Then {eq} are left.",
@@ -404,7 +404,7 @@ FAMILIES = (
         "{name} has {a} hours. {He} spends {b} minutes on math and {c} minutes on art. How many minutes are left?",
         "A trip takes {a} hours. {name} sleeps for {b} minutes and reads for {c} minutes. How many minutes are left?",
         "A show lasts {a} hours. After {b} minutes of music and {c} minutes of dance, how many minutes are left?",
-    ), level=4),
+    ), level=5),
     Family("two speeds", {
         "r=a*c": "{name} goes {eq} miles.",
         "s=b*c": "{name2} goes {eq} miles.",
@@ -446,7 +446,7 @@ FAMILIES = (
         "{name} buys {a} {items} at ${b} each and gets {percent}% off. How much does {he} pay?",
         "One {item} costs ${b}. Today all prices are {percent}% lower. How much do {a} {items} cost today?",
         "{name} orders {a} {items} for ${b} each with a discount of {percent}%. How many dollars does {he} pay?",
-    ), level=3),
+    ), level=4),
     Family("wages", {
         "r=a+b": "{name} works {eq} hours.",
         "s=r*c": "{He} earns {eq} dollars.",
@@ -518,7 +518,7 @@ FAMILIES = (
         "How many years older than {name} is the father?",
         "{name} is {a} years old, {b} years younger than {name2}. Their coach is {times} as old as {name2}. "
         "How many years younger is {name} than the coach?",
-    ), level=2, most=90),
+    ), level=3, most=90),
 )  # fmt: skip
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -660,8 +660,10 @@ def problems(view: str, seed: int = 0, difficulty: int = DIFFICULTY, split: str 
         yield Problem(family, wording, numbers, question, solve(family, numbers, difficulty), fields)
 
 
-def mistaken(problem: Problem, error: str, difficulty: int, draw) -> list[Step] | None:
-    """Steps with one mistake of the kind `error`; None if this problem has no such wrong solution."""
+def wrong(problem: Problem, error: str, difficulty: int, draw) -> str | None:
+    """The answer with one mistake of the kind `error`; None if this problem has no such wrong answer."""
+    if error == "missing_answer":
+        return "\n".join(problem.lines())
     shifts = {"off_by_one": (-1, 1), "wrong_intermediate": (*range(-9, -1), *range(2, 10))}
     mistakes = [(i, "", shift) for i in range(len(problem.steps)) for shift in shifts.get(error, ())]
     if error == "wrong_operation":
@@ -669,21 +671,8 @@ def mistaken(problem: Problem, error: str, difficulty: int, draw) -> list[Step] 
     for mistake in sorted(mistakes, key=lambda _: draw()):
         steps = solve(problem.family, problem.numbers, difficulty, *mistake)
         if steps and steps[-1].result != problem.steps[-1].result:
-            return steps
+            return problem.gsm8k(steps)
     return None
-
-
-def wrong(problem: Problem, error: str, difficulty: int, draw) -> str | None:
-    """The answer with one mistake of the kind `error`; None if this problem has no such wrong answer."""
-    if error == "missing_answer":
-        return "\n".join(problem.lines())
-    steps = mistaken(problem, error, difficulty, draw)
-    return steps and problem.gsm8k(steps)
-
-
-def true(step: Step) -> bool:
-    """Whether the step's result is that of its operation."""
-    return OPERATIONS[step.operator](step.left, step.right) == step.result
 
 
 # ---- views ---------------------------------------------------------------------------------------
@@ -698,40 +687,30 @@ def _assistant(text: str) -> dict:
 
 
 def _pretrain(stream, draw, difficulty):
-    """Problems in prose, drills of checked equations, and homework that is graded line by line or as a whole.
+    """Problems in prose; drills of annotated equations, and annotated solutions, of both half of the lines wrong and marked.
 
-    Half of the equations and of the homework are wrong, so the model learns to tell, which reward models build on.
+    So the model learns to tell a right equation from a wrong one, which a reward model builds on.
     """
+
+    def marked(step: Step) -> tuple[Step, str]:
+        near = [
+            step.result + shift for shift in (-1, 1, *range(-9, -1), *range(2, 10)) if step.result + shift >= SMALLEST
+        ]
+        if draw() < 0.5:
+            return step, "right"
+        return step._replace(result=near[int(draw() ** 2 * len(near))]), "wrong"  # near ones more often
+
     for problem in stream:
         kind = draw()
         if kind < 0.4:
             lines = [problem.question, *problem.lines(False), f"The answer is {problem.answer}."]
-        elif kind < 0.6:
-            lines = []
-            for x, sign, y, value in (
-                p.steps[int(draw() * len(p.steps))] for p in (problem, *islice(stream, DRILL - 1))
-            ):
-                near = [value + shift for shift in (-1, 1, *range(-9, -1), *range(2, 10)) if value + shift >= SMALLEST]
-                said = value if draw() < 0.5 else near[int(draw() ** 2 * len(near))]  # near ones more often
-                lines.append(f"<<{x}{sign}{y}={said}>> {'right' if said == value else 'wrong'}")
+        elif kind < 0.7:
+            steps = [p.steps[int(draw() * len(p.steps))] for p in (problem, *islice(stream, DRILL - 1))]
+            lines = [f"<<{x}{sign}{y}={z}>> {mark}" for (x, sign, y, z), mark in map(marked, steps)]
         else:
-            errors = ERRORS[int(draw() * 3) :][:1] if draw() < 0.5 else []
-            steps = mistaken(problem, errors[0], difficulty, draw) if errors else None
-            lines = problem.lines(True, steps)
-            if kind < 0.85:
-                signs = [step.operator for step in problem.steps]
-                marks = [
-                    "right" if true(step) and step.operator == sign else "wrong"
-                    for step, sign in zip(steps or problem.steps, signs, strict=True)
-                ]
-                lines = [f"{line} {mark}" for line, mark in zip(lines, marks, strict=True)]
-            lines = [
-                "Homework:",
-                problem.question,
-                *lines,
-                f"#### {(steps or problem.steps)[-1].result}",
-                "wrong" if steps else "right",
-            ]
+            steps, marks = zip(*map(marked, problem.steps), strict=True)
+            lines = [f"{line} {mark}" for line, mark in zip(problem.lines(True, list(steps)), marks, strict=True)]
+            lines = [problem.question, *lines]
         yield {"text": "\n".join(lines)}
 
 

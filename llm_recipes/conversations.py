@@ -23,7 +23,7 @@ from trl import get_training_chat_template, pack_dataset
 
 from llm_recipes._compat import fingerprint
 from llm_recipes.config import ConversationConfig, Source, micro_batch
-from llm_recipes.datasets import cache_dir, hasher, hold_out, load_rows, mix, take_text_whole, whole_batches
+from llm_recipes.datasets import cache_dir, hasher, hold_out, load_rows, mix, rename, take_text_whole, whole_batches
 from llm_recipes.errors import UserError
 from llm_recipes.tokenization import CHAT, PAD
 
@@ -65,19 +65,18 @@ def to_messages(row: dict) -> list[dict]:
     if row.get("messages") is not None:
         messages = row["messages"]
     elif row.get("conversations") is not None:
-        messages = [
-            {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in row["conversations"]
-        ]
-    elif "prompt" in row:
+        messages = [_turn(turn) for turn in row["conversations"]]
+    elif row.get("prompt") is not None:
         messages = _as_messages(row["prompt"], "user") + _as_messages(row.get("completion"), "assistant")
-    elif "instruction" in row:
-        prompt = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
+    elif row.get("instruction") is not None:
+        parts = [part for part in (row["instruction"], row.get("input")) if part]
+        prompt = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else parts
         messages = _as_messages(prompt, "user") + _as_messages(row.get("output"), "assistant")
     else:
         raise Unusable("have no messages")
     messages = _checked(messages)
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not any(answers) or not answers[-1].strip():
+    if not answers or not all(answer.strip() for answer in answers):
         raise Unusable("have an empty answer")
     return messages
 
@@ -86,25 +85,24 @@ def to_preference(row: dict) -> tuple[list[dict], list[dict], list[dict]]:
     """(prompt, chosen, rejected) as messages, of a row with these layouts of its `chosen` and `rejected`:
 
     - an answer each, text or messages, beside a `prompt` of text or messages;
-    - whole conversations as messages, with or without `prompt`: their common beginning is the prompt;
+    - whole conversations as messages, with or without `prompt`: their common beginning is the prompt. Messages that
+      begin with the assistant continue the `prompt`;
     - whole conversations as text with turns "\\n\\nHuman: " and "\\n\\nAssistant: " (HH-RLHF).
 
     Raises Unusable where there is nothing to prefer.
     """
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if isinstance(chosen, str) and chosen.lstrip().startswith("Human:") and not row.get("prompt"):
-        chosen, rejected = _hh(chosen), _hh(rejected)
+        chosen, rejected = _hh(chosen), _hh(rejected or "")
     prompt = _checked(_as_messages(row.get("prompt") or [], "user"))
-    chosen, rejected = (_checked(_as_messages(side, "assistant")) for side in (chosen, rejected))
-    if len(chosen) > 1 or not prompt:  # whole conversations
-        common = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-        if common is None:
-            raise Unusable("have the same chosen and rejected")
-        prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
+    sides = [_checked(_as_messages(side, "assistant")) for side in (chosen, rejected)]
+    chosen, rejected = (side if side and side[0]["role"] != "assistant" else prompt + side for side in sides)
+    common = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if common is None:
+        raise Unusable("have the same chosen and rejected")
+    prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
     if not prompt:
         raise Unusable("have no prompt")
-    if chosen == rejected:
-        raise Unusable("have the same chosen and rejected")
     for side in (chosen, rejected):
         if not side or side[-1]["role"] != "assistant" or not side[-1]["content"].strip():
             raise Unusable("have an empty answer")
@@ -117,10 +115,20 @@ def _as_messages(value, role: str) -> list[dict]:
     return [{"role": role, "content": value or ""}]
 
 
+def _turn(turn) -> dict:
+    """A turn of ShareGPT as a message; some data sets have messages under `conversations`."""
+    if isinstance(turn, dict) and "from" in turn:
+        return {"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+    return turn
+
+
 def _checked(messages: list[dict]) -> list[dict]:
-    """Messages with role and content alone; Unusable where a content is no text."""
+    """Messages with role and content alone; Unusable where there is something else to them."""
     for message in messages:
-        if not isinstance(message.get("content"), str):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise Unusable("have messages without a role")
+        more = any(message.get(key) for key in ("tool_calls", "function_call", "reasoning_content"))
+        if more or not isinstance(message.get("content"), str):
             raise Unusable("hold something else than text (images, tool calls); these recipes train on text")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
@@ -192,7 +200,13 @@ class Encoder:
         self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         self.ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
         probe = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-        ((ids, _),) = self.encode([self.pieces(probe)])
+        try:
+            asked = self._render(probe[:1], True)[0]
+            header = asked.removeprefix(self._render(probe[:1])[0])  # what asks the assistant to speak
+            self.header = header[: header.find("\n") + 1] or header  # but for a <think> of the next lines
+            ((ids, _),) = self.encode([self.pieces(probe)])
+        except Unusable as reason:
+            raise UserError(f"a user's and an assistant's message {reason}") from reason
         native = tokenizer(self._render(probe)[0], add_special_tokens=False)["input_ids"]
         if native[: len(ids)] != ids:
             raise UserError("this tokenizer joins text over special tokens, which these recipes do not support")
@@ -232,6 +246,20 @@ class Encoder:
                 spans.append((len(before), ends[-1] if ends and ends[-1] > len(before) else len(after)))
         return spans
 
+    def _said(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Marked spans without what the prompt for an answer gives, and without white space after the end of turn.
+
+        TRL's templates mark such: the line break after "assistant" for Qwen2.5, the one after <|im_end|> for all Qwens.
+        """
+        found, begins = [], {start for start, _ in spans}
+        for start, end in spans:
+            given = text.find(self.header, max(0, start - len(self.header) + 1), start + len(self.header))
+            ends = [control.end() for control in self.special.finditer(text, start, end)]
+            if ends and end not in begins and not text[ends[-1] : end].strip():
+                end = ends[-1]
+            found.append((start if given < 0 else given + len(self.header), end))
+        return found
+
     def pieces(self, messages: list[dict], prompt: bool = False) -> list[tuple[str, bool, bool]]:
         """[(text, is a special token, is the assistant's)], in order. Raises Unusable for what the template refuses."""
         safe = [
@@ -243,6 +271,9 @@ class Encoder:
         if len(text) != len(marked):
             raise Unusable("hold special tokens, which this chat template would take for its own")
         controls = [found.span() for found in self.special.finditer(marked)]
+        spans = self._said(marked, spans) if self.marks else spans
+        if not _all_said(marked, [message["content"] for message in safe]):
+            raise Unusable("are rendered by the chat template without all that they say")
         cuts = sorted({0, len(text), *(at for span in (*controls, *spans) for at in span)})
         starts = {start for start, _ in controls}
         parts = [(a, b) for a, b in pairwise(cuts) if b > a]
@@ -267,6 +298,15 @@ class Encoder:
         return encoded
 
 
+def _all_said(text: str, contents: list[str]) -> bool:
+    """Whether `text` holds all `contents`, but for white space; tools' results may be in it as JSON."""
+    text = "".join(text.split())
+    return all(
+        any("".join(said.split()) in text for said in (content, json.dumps(content, ensure_ascii=False)[1:-1]))
+        for content in contents
+    )
+
+
 # ---- rows to columns -----------------------------------------------------------------------------
 
 NEEDS = {
@@ -281,12 +321,14 @@ def _parts(encoder: Encoder, row: dict, kind: str) -> list:
     if kind == "sft":
         return [encoder.pieces(to_messages(row))]
     prompt, chosen, rejected = to_preference(row)
+    if kind == "pairs" and any(message["role"] != "assistant" for message in chosen + rejected):
+        raise Unusable("differ before the last answer: the loss would be on other words than the assistant's too")
     return [encoder.pieces(prompt, prompt=True), encoder.pieces(prompt + chosen), encoder.pieces(prompt + rejected)]
 
 
 def _columns(encoded: list, row: dict, kind: str, max_length: int | None) -> dict:
     """Columns of the dataset: `input_ids` and `labels` for SFT; `prompt_ids`, `chosen_ids` and `rejected_ids` after it
-    for DPO; `chosen_ids` and `rejected_ids` with the prompt, its size, and `margin`, for reward models."""
+    for DPO; `chosen_ids` and `rejected_ids` with the prompt, its size, and `margin` (0 where a row has none), for reward models."""
     if max_length and max(len(ids) for ids, _ in encoded) > max_length:
         raise Unusable(f"are longer than max_length {max_length}")
     if kind == "sft":
@@ -298,8 +340,11 @@ def _columns(encoded: list, row: dict, kind: str, max_length: int | None) -> dic
         raise Unusable("are rendered in another way by the chat template once they are answered")
     if kind == "pairs":
         return {"prompt_ids": prompt, "chosen_ids": chosen[size:], "rejected_ids": rejected[size:]}
-    margin = {} if row.get("margin") is None else {"margin": float(row["margin"])}
-    return {"chosen_ids": chosen, "rejected_ids": rejected, "prompt_size": size} | margin
+    try:
+        margin = float(row.get("margin") or 0)
+    except (TypeError, ValueError) as error:
+        raise Unusable("have a margin that is no number") from error
+    return {"chosen_ids": chosen, "rejected_ids": rejected, "prompt_size": size, "margin": margin}
 
 
 def encode_rows(encoder: Encoder, rows: list[dict], kind: str, max_length: int | None) -> list[dict | str]:
@@ -327,7 +372,9 @@ def encode_source(source: Source, documents: Dataset, encoder: Encoder, kind: st
 
     `stats` has rows, tokens, the digest of the ids, and why how many rows were left out: {reason: [count, first row]}.
     """
-    key = hasher(fingerprint(documents), encoder.digest, kind, max_length)
+    code = Path(__file__).read_text(encoding="utf-8")  # rows that another version of it made are not taken for its own
+    special = encoder.tokenizer.special_tokens_map  # which templates write too
+    key = hasher(fingerprint(documents), encoder.digest, special, code, kind, max_length)
     arrow, info = cache_dir() / f"{key}.arrow", cache_dir() / f"{key}.json"
     cache_dir().mkdir(parents=True, exist_ok=True)
     with FileLock(f"{arrow}.lock"):
@@ -378,7 +425,9 @@ def make_rows(config: ConversationConfig, encoder: Encoder, kind: str, args):
         digests.append(stats["digest"])
         report += _said(source, stats)
         if held_out is not None:
-            evals.append(encode_source(source, held_out, encoder, kind, args.max_length)[0])
+            encoded, stats = encode_source(source, held_out, encoder, kind, args.max_length)
+            evals.append(encoded)
+            report += [f"held out of {line}" for line in _said(source, stats)]
     for source in config.eval_datasets:
         encoded, stats = encode_source(source, _split(source, kind, 0, args.seed)[0], encoder, kind, args.max_length)
         evals.append(encoded)
@@ -415,11 +464,7 @@ def _said(source: Source, stats: dict) -> list[str]:
 
 
 def _split(source: Source, kind: str, fraction: float, seed: int) -> tuple[Dataset, Dataset | None]:
-    rows = load_rows(source)
-    for ours, theirs in source.columns.items():
-        if theirs not in rows.column_names:
-            raise UserError(f"datasets: {source.path} has no column {theirs}; it has {', '.join(rows.column_names)}")
-        rows = rows.rename_column(theirs, ours)
+    rows = rename(load_rows(source), source, "datasets")
     if images := {"image", "images"} & set(rows.column_names):
         raise UserError(f"datasets: {source.path} has a column {images.pop()}: these recipes train on text alone")
     if not any(needed <= set(rows.column_names) for needed in NEEDS[kind]):

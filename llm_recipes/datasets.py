@@ -101,7 +101,9 @@ def _local_files(source: Source, path: Path) -> tuple[str, list[str]]:
     files = [f for f in found if _suffix(f) in BUILDERS]
     if len({BUILDERS[_suffix(f)] for f in files}) != 1:
         what = ", ".join(sorted({f.suffix or "no suffix" for f in files or found})) or "no files"
-        raise UserError(f"datasets: {source.path} holds {what}; use one kind of {', '.join(BUILDERS)}, or these with .gz")
+        raise UserError(
+            f"datasets: {source.path} holds {what}; use one kind of {', '.join(BUILDERS)}, or these with .gz"
+        )
     _left_out(source, [f.name for f in found if f not in files], f"are none of {', '.join(BUILDERS)}")
     return BUILDERS[_suffix(files[0])], [str(f) for f in files]
 
@@ -146,6 +148,15 @@ def load_rows(source: Source, streaming: bool = False) -> Dataset | IterableData
     except (datasets.exceptions.DatasetsError, ValueError, OSError, StopIteration) as error:
         raise UserError(f"datasets: {source.path}: {_reason(error, path)}") from error
     return data
+
+
+def rename(rows: Dataset, source: Source, key: str) -> Dataset:
+    """`rows` with the columns that `source` renames; another column that has such a name already gives way."""
+    for theirs in source.columns.values():
+        if theirs not in rows.column_names:
+            raise UserError(f"{key}: {source.path} has no column {theirs}; it has {', '.join(rows.column_names)}")
+    others = set(source.columns) & set(rows.column_names) - set(source.columns.values())
+    return rows.remove_columns(sorted(others)).rename_columns({theirs: ours for ours, theirs in source.columns.items()})
 
 
 def load_source(source: Source, streaming: bool = False) -> Dataset | IterableDataset:

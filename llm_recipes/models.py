@@ -96,7 +96,7 @@ def trained_config(
 ) -> PreTrainedConfig:
     """Configuration of a trained model `name` for post-training: `task` CAUSAL_LM, or SEQ_CLS with one score.
 
-    `added` is the number of ids that the chat template added to the tokenizer. Raises UserError where it cannot be this model's.
+    `added` is the number of new ids that this recipe teaches. Raises UserError where the tokenizer cannot be this model's.
     """
     classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if task == "SEQ_CLS" else MODEL_FOR_CAUSAL_LM_MAPPING
     try:
@@ -107,8 +107,8 @@ def trained_config(
         raise UserError(f"model_name_or_path: {name} is a {config.model_type}: no text model for this recipe")
     if len(tokenizer) - added > config.vocab_size:
         raise UserError(
-            f"model_name_or_path: the tokenizer in {name} has {len(tokenizer) - added} ids, the model {config.vocab_size}: "
-            "it is the tokenizer of another model"
+            f"model_name_or_path: the tokenizer for {name} has {len(tokenizer) - added} ids, the model {config.vocab_size}: it is "
+            "another model's, or the chat template brings tokens that SFT has yet to teach"
         )
     config.pad_token_id = tokenizer.pad_token_id
     config.architectures = [classes[type(config)].__name__]

@@ -231,7 +231,7 @@ def _loss_curve(history: list[dict], path: Path) -> None:
     for key, label in (("loss", "train"), ("eval_loss", "held out")):
         if points := [(row["step"], row[key]) for row in history if key in row]:
             axes.plot(*zip(*points, strict=True), marker="o" if key == "eval_loss" else None, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set(xlabel="step", ylabel="loss")
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -13,7 +13,7 @@ from llm_recipes.config import AdapterConfig, ConversationConfig, RunConfig
 from llm_recipes.conversations import Encoder
 from llm_recipes.errors import UserError
 from llm_recipes.metrics import parameter_count
-from llm_recipes.preflight import check_plan, launch_lines, run_problems, show
+from llm_recipes.preflight import attention_problems, check_plan, launch_lines, run_problems, show
 from llm_recipes.probes import check_isolation
 
 
@@ -27,7 +27,11 @@ def preflight(
     problems = run_problems(args, run, held_out, parameters)
     if not held_out and config.architectures[0].endswith("ForSequenceClassification"):
         problems.append("a reward model is judged on held-out pairs: set eval_fraction above 0, or eval_datasets")
-    problems += adapter_problems(model, adapter, args)
+    problems += adapter_problems(model, adapter, args) + attention_problems(model.attn_implementation)
+    if getattr(args, "packing", False) and args.packing_strategy == "wrapped":
+        problems.append("packing_strategy: wrapped cuts rows and lets them see each other: use bfd")
+    if getattr(args, "eval_packing", None) and not args.packing:
+        problems.append("eval_packing: true means nothing without packing: true")
     context = getattr(config, "max_position_embeddings", None)
     if args.max_length is None:
         problems.append("max_length: null lets one long row take all memory: give a number of tokens")
@@ -140,7 +144,8 @@ def measure(trainer, rows: Dataset, throughput, started: float) -> dict:
     }
     if trainer.eval_dataset is not None:
         found = trainer.evaluate()
-        skip = ("runtime", "per_second", "num_tokens", "epoch")
+        # of the run rather than the model, or averages of batches that follow the batch size
+        skip = ("runtime", "per_second", "num_tokens", "epoch", "entropy", "token_accuracy", "min_reward", "max_reward")
         results |= {key: value for key, value in found.items() if not any(word in key for word in skip)}
     length = round(token_count(rows) / len(rows))
     return results | metrics.speed(trainer, throughput, metrics.flops_per_token(trainer.model.config, length), started)

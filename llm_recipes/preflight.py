@@ -15,7 +15,12 @@ from transformers import (
     get_scheduler,
 )
 from transformers.integrations import get_available_reporting_integrations
-from transformers.utils import is_liger_kernel_available
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_kernels_available,
+    is_liger_kernel_available,
+)
 
 from llm_recipes.batches import Batches
 from llm_recipes.checkpoints import CHECKPOINT_BYTES
@@ -125,6 +130,7 @@ def preflight(
         if key in run.resolved and not windows.streaming
     ]
     problems += run_problems(args, run, bool(data.eval_fraction), parameters)
+    problems += attention_problems(model.attn_implementation)
     strategy = asked_strategy()
     problems += _optimisation_problems(args, optimization.optimizer, config)
     problems += optimizer_problems(optimization.optimizer, strategy)
@@ -162,6 +168,17 @@ def run_problems(
     if run.push_to_hub and args.process_index == 0:
         problems += hub_problems(args)
     return problems
+
+
+def attention_problems(name: str | None) -> list[str]:
+    """Why the attention implementation `name` cannot be had here; otherwise the library fails when the model is built."""
+    needs = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    there = needs.get(name, is_kernels_available if name and "/" in name else None)
+    if there is None or there():
+        return []
+    return [
+        f"attn_implementation: {name} needs a GPU and its package: pip install -e '.[gpu]', or leave the key out for sdpa"
+    ]
 
 
 def _schedule_problems(args: TrainingArguments, steps: int) -> list[str]:

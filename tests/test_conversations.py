@@ -1,8 +1,11 @@
 """Rows become the right ids with the right mask; what cannot be used is left out and said."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+import trl
 from datasets import Dataset
 from transformers import AutoTokenizer
 
@@ -140,6 +143,57 @@ def test_a_template_that_forgets_is_used_where_it_does_not(folder):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen2_5", "<|im_start|>assistant\n[[Yes.<|im_end|>]]\n<|im_start|>user\nNo<|im_end|>\n<|im_start|>assistant\n[[Hi<|im_end|>]]"),
+        ("qwen3", "assistant\n[[<think>\n\n</think>\n\nYes.<|im_end|>]]\n<|im_start|>user\nNo<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\nHi<|im_end|>]]"),
+        ("gemma", "<turn>model\n[[Yes.</turn>]]\n<turn>user\nNo</turn>\n<turn>model\n[[Hi</turn>]]"),
+        ("llama3", "<|end|>\n\n[[Yes.<|eot|>]]<|start|>user<|end|>\n\nNo<|eot|><|start|>assistant<|end|>\n\n[[Hi<|eot|>]]"),
+        ("phi3", "<|assistant|>\n[[Yes.<|end|>]]\n<|user|>\nNo<|end|>\n<|assistant|>\n[[Hi<|end|>\n<|endoftext|>]]"),
+    ],
+)  # fmt: skip
+def test_the_mask_of_known_templates(folder, name, expected):
+    """Qwen's and Gemma's in TRL mark the line break after the end of turn, Qwen2.5's the one before the answer too."""
+    for short, long in (
+        [("<turn>", "<start_of_turn>"), ("</turn>", "<end_of_turn>")]
+        if name == "gemma"
+        else [("<|start|>", "<|start_header_id|>"), ("<|end|>", "<|end_header_id|>"), ("<|eot|>", "<|eot_id|>")]
+        if name == "llama3"
+        else []
+    ):
+        expected = expected.replace(short, long)
+    tokenizer = with_template(folder, (Path(trl.__file__).parent / f"chat_templates/{name}.jinja").read_text())
+    tokenizer.bos_token = "<|pad|>"
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": re.findall(r"<\|?\w+\|?>", expected.replace("<think>", ""))},
+        replace_extra_special_tokens=False,
+    )
+    encoder = Encoder(tokenizer)
+    ((ids, mask),) = encoder.encode([encoder.pieces(THREE)])
+    assert shown(tokenizer, ids, mask).endswith(expected)
+    assert ids[-1] == encoder.stop_id and encoder.marks
+
+
+@pytest.mark.parametrize("role", ["critic", "assistant"])
+def test_a_template_that_leaves_words_out_gets_no_such_rows(folder, role):
+    silent = "{% for m in messages %}{% if m.role == 'user' or loop.last %}" + INST.split("%}", 1)[1].replace(
+        "message[", "m["
+    ).replace("{% endfor %}", "{% endif %}{% endfor %}")
+    encoder = Encoder(with_template(folder, silent.replace("bos_token", "eos_token")))
+    rows = [{"messages": [USER, SAID]}, {"messages": [USER, {"role": role, "content": "lost"}, USER, SAID]}]
+    first, second = encode_rows(encoder, rows, "sft", None)
+    assert isinstance(first, dict) and second == "are rendered by the chat template without all that they say"
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for m in messages %}", "{{ raise_exception('no') }}", "{{ messages[0].a.b }}"]
+)
+def test_a_template_that_does_not_work(folder, template):
+    with pytest.raises(UserError, match="a user's and an assistant's message are refused by the chat template"):
+        Encoder(with_template(folder, template))
+
+
 def test_a_template_whose_answers_do_not_end(folder):
     unended = INST.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}")
     with pytest.raises(
@@ -193,6 +247,8 @@ def test_a_tokenizer_without_chat_tokens_gets_them(tmp_path):
         {"instruction": "Hi", "input": "", "output": "Yes."},
         {"instruction": "Hi", "output": "Yes."},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]},
+        {"conversations": [USER, SAID]},
+        {"messages": None, "prompt": None, "completion": None, "instruction": "Hi", "output": "Yes."},
     ],
 )
 def test_layouts_of_conversations(row):
@@ -212,15 +268,26 @@ def test_an_alpaca_input_follows_the_instruction():
         {"chosen": [USER, SAID], "rejected": [USER, {"role": "assistant", "content": "No"}]},
         {"prompt": "Hi", "chosen": [USER, SAID], "rejected": [USER, {"role": "assistant", "content": "No"}]},
         {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes.", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
+        {"prompt": "Hi", "chosen": [USER, SAID], "rejected": "No"},
     ],
 )
 def test_layouts_of_pairs(row):
     assert to_preference(row) == ([USER], [SAID], [{"role": "assistant", "content": "No"}])
 
 
+def test_messages_after_a_prompt_continue_it(tokenizer):
+    more = [SAID, {"role": "user", "content": "No"}]
+    row = {"prompt": "Hi", "chosen": [*more, SAID], "rejected": [*more, {"role": "assistant", "content": "No"}]}
+    assert to_preference(row) == ([USER, *more], [SAID], [{"role": "assistant", "content": "No"}])
+    row["rejected"][0] = {"role": "assistant", "content": "No"}  # then the user's words would be learnt by DPO
+    (pair,), (scored,) = (encode_rows(Encoder(tokenizer), [row], kind, None) for kind in ("pairs", "scored"))
+    assert pair.startswith("differ before the last answer") and isinstance(scored, dict)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        ({"chosen": "\n\nHuman: Hi\n\nAssistant: Yes.", "rejected": None}, "have no prompt|the same"),
         ({"prompt": "Hi", "chosen": "Yes.", "rejected": "Yes."}, "have the same chosen and rejected"),
         ({"chosen": [USER, SAID], "rejected": [USER, SAID]}, "have the same chosen and rejected"),
         ({"prompt": "Hi", "chosen": "Yes.", "rejected": " "}, "have an empty answer"),
@@ -240,6 +307,16 @@ def test_pairs_that_cannot_be_used(row, reason):
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "hold something else than text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, SAID]}, "hold something else than text"),
         ({"prompt": "Hi", "completion": None}, "have an empty answer"),
+        ({"prompt": None, "completion": "x"}, "have no messages"),
+        ({"messages": [USER, {"role": "assistant", "content": " "}, USER, SAID]}, "have an empty answer"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, SAID]},
+            "something else than text",
+        ),
+        ({"messages": {"role": ["user"], "content": ["Hi"]}}, "have messages without a role"),
+        ({"messages": [{"content": "Hi"}, SAID]}, "have messages without a role"),
+        ({"conversations": [{"value": "Hi"}]}, "have messages without a role"),
+        ({"instruction": 3, "output": "x"}, "have messages without a role"),
     ],
 )
 def test_conversations_that_cannot_be_used(row, reason):
@@ -262,6 +339,13 @@ def test_pairs_are_cut_where_the_answer_begins(tokenizer):
         "rejected_ids": pair["prompt_ids"] + pair["rejected_ids"],
         "prompt_size": len(pair["prompt_ids"]), "margin": 2.0,
     }  # fmt: skip
+
+
+def test_a_margin_is_a_number_and_none_is_zero(tokenizer):
+    row = {"prompt": "Hi", "chosen": "Yes.", "rejected": "No"}
+    rows = [row, row | {"margin": None}, row | {"margin": 2}, row | {"margin": "high"}]
+    *found, bad = encode_rows(Encoder(tokenizer), rows, "scored", None)
+    assert [pair["margin"] for pair in found] == [0, 0, 2] and bad == "have a margin that is no number"
 
 
 # ---- sources -------------------------------------------------------------------------------------
@@ -313,6 +397,11 @@ def test_columns_are_renamed(tmp_path, tokenizer):
     source = Source(write(tmp_path / "a.jsonl", rows), columns={"prompt": "question", "completion": "answer"})
     train, *_ = make_rows(ConversationConfig([source], eval_fraction=0), Encoder(tokenizer), "sft", Args())
     assert len(train) == 8
+    both = write(tmp_path / "b.jsonl", [row | {"prompt": "other"} for row in rows])
+    same, *_ = make_rows(
+        ConversationConfig([Source(both, columns=source.columns)], 0), Encoder(tokenizer), "sft", Args()
+    )
+    assert same["input_ids"] == train["input_ids"]
     source.columns["prompt"] = "questions"
     with pytest.raises(UserError, match="has no column questions; it has question, answer"):
         make_rows(ConversationConfig([source]), Encoder(tokenizer), "sft", Args())
@@ -369,6 +458,9 @@ def test_rows_are_encoded_once(tmp_path, tokenizer, monkeypatch):
     other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     other.chat_template = INST
     assert make_rows(config, Encoder(other), "sft", Args())[3] != digests
+    found = [make_rows(config, Encoder(other), "sft", Args())[3]]
+    other.eos_token = "<|im_end|>"  # which the template writes
+    assert make_rows(config, Encoder(other), "sft", Args())[3] not in found
 
 
 def test_memory_follows_the_batch_not_the_rows(tokenizer, monkeypatch, tmp_path):

@@ -49,15 +49,22 @@ def test_the_chain_of_the_readme_runs_without_arguments(tmp_path, monkeypatch):
         )
     for command in CHAIN:
         stage = Path(command.split()[1]).parent.as_posix().removeprefix("recipes/")
-        view = {"path": f"builtin:arithmetic/{views.get(stage, 'pretrain')}", "rows": 800}
-        small = {"max_steps": 2, "warmup_steps": 0, "datasets": [view]}
-        small |= (
-            {"eval_datasets": [view | {"split": "test", "rows": 40}]}
-            if stage in views
-            else {"eval_strategy": "no", "tokenizer_vocab_size": 600}
-        )
-        small |= {"answers": {"path": "builtin:arithmetic/test", "rows": 4}} if stage in ("sft", "dpo") else {}
-        small |= {"score_samples": 4} if stage == "rlhf/reward" else {}
+        view = {"path": f"builtin:arithmetic/{views.get(stage, 'pretrain')}", "rows": 64}
+        if stage not in views:
+            small = {
+                "datasets": [view | {"rows": 2000}],
+                "max_steps": 2,
+                "eval_strategy": "no",
+                "tokenizer_vocab_size": 600,
+            }
+        else:
+            small = {"datasets": [view], "eval_datasets": [view | {"split": "test"}]}
+            small |= (
+                {"score_samples": 4}
+                if stage == "rlhf/reward"
+                else {"answers": {"path": "builtin:arithmetic/test", "rows": 4}}
+            )
+        small["warmup_steps"] = 0
         words = [word for key, value in small.items() for word in (f"--{key}", json.dumps(value))]
         done = run(*words, script=Path(command.split()[1]).absolute())
         assert done.code == 0, done.err

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llm_recipes.adapters import whole_model
+from llm_recipes.answers import generate
 from llm_recipes.models import from_scratch
 from tests.running import (
     ROOT,
@@ -185,6 +186,19 @@ def test_an_answer_may_end_with_another_token_than_a_document():
     assert sorted(tokenizer.convert_ids_to_tokens(ends)) == ["<|endoftext|>", "<|im_end|>"]
 
 
+def test_a_template_is_a_file_of_any_name():
+    shutil.copy("chat/chat_template.jinja", "template.txt")
+    trained("template", "--chat_template_path", "template.txt", "--max_steps", "1", "--save_steps", "1")
+    assert Path("template/chat_template.jinja").read_text() == Path("template.txt").read_text()
+
+
+def test_greedy_is_greedy_whatever_the_generation_config_says():
+    model, _ = loaded("chat")
+    plain = generate(model, [[10, 20, 30], [40, 50]], 1, 12)
+    model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 3.0, 1
+    assert generate(model, [[10, 20, 30], [40, 50]], 1, 12) == plain
+
+
 def test_dry_run_shows_what_is_learnt_and_writes_nothing():
     row = {"messages": [
         {"role": "system", "content": "red"}, {"role": "user", "content": "cat"}, {"role": "assistant", "content": "12"},
@@ -275,10 +289,14 @@ BAD_ROWS = {
 }  # fmt: skip
 BAD_KEYS = {
     "context": (["--max_length", "513"], "max_length 513 is longer than the model's max_position_embeddings 512"),
-    "tokenizer": (["--model_name_or_path", "mixed"], "the tokenizer in mixed has 340 ids, the model 300: it is the tokenizer of another model"),
+    "tokenizer": (["--model_name_or_path", "mixed"], "the tokenizer for mixed has 340 ids, the model 300: it is another model's, or the chat template brings tokens that SFT has yet to teach"),
     "model": (["--model_name_or_path", "outputs/pretrain"], "model_name_or_path: outputs/pretrain does not exist: run recipes/pretrain/run.py first"),
     "merge": (["--merge", "true"], "merge: true needs an adapter: set use_peft: true"),
     "qlora": (["--use_peft", "true", "--load_in_4bit", "true"], "load_in_4bit needs an NVIDIA GPU: bitsandbytes' kernels are not made for training on the CPU"),
+    "adapter": (["--use_peft", "true", "--lora_target_modules", "[word]"], "(`modules_to_save`)."),
+    "eval_packing": (["--eval_packing", "true"], "eval_packing: true means nothing without packing: true"),
+    "template": (["--chat_template_path", "broken.jinja"], "a user's and an assistant's message are refused by the chat template (Encountered unknown tag 'word'.)"),
+    "answers": (["--answers", "{path: null.jsonl}"], "answers: null.jsonl: row 0 has no question or no final answer after #### (1 such rows)"),
     "unknown": (["--learnin_rate", "1"], "command line: unknown key `learnin_rate`, did you mean `learning_rate`?"),
     "refused": (["--assistant_only_loss", "true"], "command line: `assistant_only_loss` is not taken: the loss is always on what the assistant says, and only there"),
 }  # fmt: skip
@@ -291,6 +309,8 @@ def test_bad_input_is_one_sentence(stage, how):
         tokenizer = AutoTokenizer.from_pretrained("base")
         tokenizer.add_tokens([f"word{i}" for i in range(40)])
         tokenizer.save_pretrained("mixed")
+    Path("broken.jinja").write_text("{% word %}")
+    write_rows("null.jsonl", [{"question": None, "answer": "#### 1"}, {"question": "cat", "answer": "#### 1"}])
     if how in BAD_ROWS:
         row, said = BAD_ROWS[how]
         argv = ["--datasets", json.dumps([{"path": write_rows("bad.jsonl", [row] * 16)}])]

@@ -35,8 +35,8 @@ def main():
 
     # 2. Model's configuration and tokenizer, and every check that needs no more than these
     name = whole_model(model_config.model_name_or_path, model_config.model_revision)
-    tokenizer, report, added, untrained = load_chat_tokenizer(name, model_config.model_revision)
-    config = trained_config(name, model_config, tokenizer, added=added)
+    tokenizer, report, _, untrained = load_chat_tokenizer(name, model_config.model_revision)
+    config = trained_config(name, model_config, tokenizer)
     post_training.preflight(args, run, data, model_config, adapter, config)
     questions = load_questions(answers.answers) if answers.answers else None
 

@@ -56,7 +56,7 @@ def main():
 
     # 5. Model and trainer; the rows are token ids already
     model = load_trained(name, model_config, config, tokenizer, encoder.stop_id)
-    args.dataset_kwargs = {"skip_prepare_dataset": True}
+    args.dataset_kwargs, args.chat_template_path = {"skip_prepare_dataset": True}, None
     trainer = SFTTrainer(
         model, args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer, peft_config=peft_config
     )

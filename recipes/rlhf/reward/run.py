@@ -32,10 +32,8 @@ def main():
 
     # 2. Model's configuration and tokenizer, and every check that needs no more than these
     name = whole_model(model_config.model_name_or_path, model_config.model_revision)
-    tokenizer, report, added, untrained = load_chat_tokenizer(
-        name, model_config.model_revision, args.chat_template_path
-    )
-    config = trained_config(name, model_config, tokenizer, "SEQ_CLS", added)
+    tokenizer, report, _, untrained = load_chat_tokenizer(name, model_config.model_revision, args.chat_template_path)
+    config = trained_config(name, model_config, tokenizer, "SEQ_CLS")
     post_training.preflight(args, run, data, model_config, adapter, config)
 
     # 3. Pairs become token ids: the whole conversation, up to the end of the chosen or rejected answer
@@ -51,7 +49,8 @@ def main():
         return
     outputs.claim(args, run.push_to_hub, record)  # up to here nothing is written to output_dir
 
-    # 5. Model and trainer; the rows are token ids already
+    # 5. Model and trainer; the rows are token ids already, and the tokenizer has its template
+    args.chat_template_path = None
     model = load_trained(name, model_config, config, tokenizer)
     trainer = RewardTrainer(
         model, args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer, peft_config=peft_config
