@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 import trl
+import xxhash
 from filelock import FileLock
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -25,44 +27,66 @@ from llm_recipes.errors import UserError
 from llm_recipes.metrics import meta_model
 
 
+def weights_digest(name: str | None, revision: str = "main") -> str | None:
+    """Of the model or adapter in a folder: its weights and configs, of large files 64 MB evenly spread; of a Hub id its name."""
+    if name is None or not Path(name).is_dir():
+        return name and hasher(name, revision)
+    digest = xxhash.xxh3_128()
+    for path in sorted(p for p in Path(name).iterdir() if p.suffix in (".safetensors", ".json", ".jinja")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(64):
+                file.seek(size * part // 64)
+                digest.update(file.read(min(1 << 20, size // 64 + 1)))
+    return digest.hexdigest()
+
+
 def whole_model(name: str, revision: str = "main") -> str:
     """`name`, or for an adapter a folder in the cache with its base and it merged; adapters on adapters too.
 
     One process merges while the others wait at a file lock.
     """
     name = check_local("model_name_or_path", name)
-    if (found := find_adapter_config_file(name, revision=revision)) is None:
+    if find_adapter_config_file(name, revision=revision) is None:
         return name
-    base = json.loads(Path(found).read_text())["base_model_name_or_path"]
-    stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(found).parent.glob("adapter_*"))]
-    folder = cache_dir() / f"merged-{hasher(name, revision, base, stamp)}"
+    adapter = name if Path(name).is_dir() else snapshot_download(name, revision=revision)
+    base, base_revision = _base(adapter)
+    folder = cache_dir() / f"merged-{hasher(weights_digest(adapter), weights_digest(base, base_revision))}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             partial = Path(f"{folder}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            merge(name, base, partial, revision)
+            merge(adapter, partial)
             shutil.move(partial, folder)
     return str(folder)
 
 
-def merge(adapter: str | Path, base: str, folder: str | Path, revision: str = "main") -> None:
-    """Writes `base` with `adapter` merged into it, in fp32, and the adapter's tokenizer to `folder`."""
-    found = find_adapter_config_file(str(adapter), revision=revision)
-    task = json.loads(Path(found).read_text())["task_type"]
+def _base(adapter: str | Path) -> tuple[str, str]:
+    """(whole model, revision) that the adapter in a folder was trained on."""
+    keys = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    revision = keys.get("revision") or "main"
+    return whole_model(keys["base_model_name_or_path"], revision), revision
+
+
+def merge(adapter: str | Path, folder: str | Path) -> None:
+    """Writes to `folder` the adapter's base with it merged in, in fp32, and the adapter's tokenizer."""
+    adapter, (base, revision) = Path(adapter), _base(adapter)
+    task = json.loads((adapter / "adapter_config.json").read_text())["task_type"]
     auto, options = AutoModelForCausalLM, {}
     if task == "SEQ_CLS":
         auto, options = AutoModelForSequenceClassification, {"num_labels": 1}
-    own = any(Path(found).parent.glob("tokenizer*"))
-    tokenizer = AutoTokenizer.from_pretrained(adapter if own else base)
+    own = any(adapter.glob("tokenizer*"))
+    tokenizer = AutoTokenizer.from_pretrained(adapter if own else base, revision=None if own else revision)
     with no_deepspeed():  # ZeRO-3 would load nothing but shards
-        model = auto.from_pretrained(whole_model(base), dtype=torch.float32, **options)
+        model = auto.from_pretrained(base, revision=revision, dtype=torch.float32, **options)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
-        merged = PeftModel.from_pretrained(model, str(adapter), revision=revision).merge_and_unload()
+        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.config.pad_token_id = tokenizer.pad_token_id
-    if (Path(found).parent / "generation_config.json").is_file():  # knows where answers end, which the base may not
-        merged.generation_config = GenerationConfig.from_pretrained(Path(found).parent)
+    if (adapter / "generation_config.json").is_file():  # knows where answers end, which the base may not
+        merged.generation_config = GenerationConfig.from_pretrained(adapter)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -78,6 +102,7 @@ def lora_config(model: trl.ModelConfig, config: PreTrainedConfig, untrained: boo
     scored = config.architectures[0].endswith("ForSequenceClassification")
     model.lora_task_type = "SEQ_CLS" if scored else "CAUSAL_LM"
     lora = trl.get_peft_config(model)
+    lora.revision = model.model_revision
     whole = set(lora.modules_to_save or []) | ({"score"} if scored else set())
     if untrained:
         built = meta_model(config)
@@ -106,6 +131,10 @@ def adapter_problems(model: trl.ModelConfig, adapter: AdapterConfig, args) -> li
         problems.append(f"{given[0]} needs an NVIDIA GPU: bitsandbytes' kernels are not made for training on the CPU")
     elif given and importlib.util.find_spec("bitsandbytes") is None:
         problems.append(f"{given[0]}: bitsandbytes is not installed: pip install -e '.[gpu]'")
+    if model.dtype != "float32" and not model.use_peft:
+        problems.append(
+            f"dtype: {model.dtype} trains without fp32 weights and loses small updates: leave it out, and set bf16: true"
+        )
     if given and not model.use_peft:
         problems.append(f"{given[0]} freezes the weights: set use_peft: true to have something to train")
     if adapter.merge and not model.use_peft:

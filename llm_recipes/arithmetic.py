@@ -182,7 +182,7 @@ FAMILIES = (
         "{name} has {a} shelves with {b} {boxes} each. Each {box} holds {c} {items}. How many {items} does {he} have?",
         "A shop gets {a} deliveries of {b} {boxes}, with {c} {items} in each {box}. How many {items} does it get?",
         "Each of {a} children has {b} {boxes} of {c} {items}. How many {items} do the children have?",
-    )),
+    ), level=2),
     Family("groups shared", {
         "r=a*b": "There are {eq} {items}.",
         "s=r/c": "Each one gets {eq} {items}.",
@@ -199,7 +199,7 @@ FAMILIES = (
         "{name} gives {a} big and {b} small {items} to each of {c} friends. How many {items} does {he} give away?",
         "Every day {name} finds {a} {items} in the morning and {b} at night. How many does {he} find in {c} days?",
         "Each {box} holds {a} new and {b} old {items}. How many {items} are in {c} {boxes}?",
-    )),
+    ), level=2),
     Family("cheaper", {
         "r=a-b": "One {item} now costs {eq} dollars.",
         "s=r*c": "Together they cost {eq} dollars.",
@@ -243,7 +243,7 @@ FAMILIES = (
         "{name} splits {a} {items} equally into {b} {boxes}, then takes {c} out of each. How many are left in each?",
         "{name} gives {a} {items} to {b} friends in equal shares. Each friend gives back {c}. "
         "How many does each friend keep?",
-    )),
+    ), level=2),
     Family("price of one", {
         "r=a/b": "One {item} costs {eq} dollars.",
         "s=r*c": "So they cost {eq} dollars.",
@@ -259,7 +259,7 @@ FAMILIES = (
         "{name} reads {a} pages each morning and {b} each night. How many days does {he} need for {c} pages?",
         "Each day {name} writes {a} pages and {name2} writes {b}. How many days do they need for {c} pages?",
         "A book has {c} pages. Every day {name} reads {a} at school and {b} at home. How many days does it take?",
-    )),
+    ), level=2),
     Family("machines", {
         "r=a*b": "In an hour they make {eq} toys.",
         "s=c/r": "They need {eq} hours.",
@@ -267,7 +267,7 @@ FAMILIES = (
         "Each of {a} machines makes {b} toys an hour. How many hours do they need for {c} toys?",
         "One worker makes {b} toys an hour. How many hours do {a} such workers need to make {c} toys?",
         "{name} has an order for {c} toys. {His} {a} helpers make {b} toys an hour each. How many hours do they need?",
-    )),
+    ), level=2),
     Family("times as many, together", {
         "r=a*k": "{Times} as many is {eq}.",
         "s=a+r": "In all there are {eq} {items}.",
@@ -275,7 +275,7 @@ FAMILIES = (
         "{name} has {a} {items}. {name2} has {times} as many. How many {items} do they have together?",
         "{name} sells {a} {items} on Monday and {times} as many on Tuesday. How many does {he} sell in all?",
         "There are {a} big {items} and {times} as many small ones in a {box}. How many {items} are in the {box}?",
-    )),
+    ), level=2),
     Family("part given", {
         "r=a/k": "{Part} of them is {eq}.",
         "s=a-r": "Then {eq} are left.",
@@ -308,7 +308,7 @@ FAMILIES = (
         "A rectangular garden has sides of {a} and {b} feet. How many feet of fence go around it?",
         "What is the perimeter of a rectangle with sides of {a} feet and {b} feet?",
         "{name} walks once around a field of {a} by {b} feet. How many feet does {he} walk?",
-    )),
+    ), level=2),
     Family("two kinds", {
         "r=a*b": "The {items} cost {eq} dollars.",
         "s=c*d": "The {items2} cost {eq} dollars.",
@@ -493,7 +493,7 @@ FAMILIES = (
         "How much money is left?",
         "{name} takes ${e} to the {place} and buys {a} {items} for ${b} each and {c} {items2} for ${d} each. "
         "How many dollars are left?",
-    )),
+    ), level=2),
     Family("part sold, some given", {
         "r=a*b": "There are {eq} {items}.",
         "s=r/k": "{Part} of them is {eq}.",

@@ -24,7 +24,6 @@ from llm_recipes import _compat
 from llm_recipes.config import SpikeGuard
 from llm_recipes.errors import Diverged, Interrupted, UserError
 from llm_recipes.launch import asked_strategy
-from llm_recipes.metrics import parameter_count
 from llm_recipes.stability import Rollback, Watch
 
 MANIFEST = "complete.json"
@@ -233,7 +232,10 @@ def protect(trainer: Trainer, after_save=None, spike_guard: SpikeGuard | None = 
         if previous:
             size = sum(f.stat().st_size for f in previous.rglob("*") if f.is_file())
         else:
-            size = CHECKPOINT_BYTES * parameter_count(trainer.model.config)
+            trained = (p for p in trainer.model.parameters() if p.requires_grad)
+            size = CHECKPOINT_BYTES * sum(
+                getattr(p, "ds_numel", p.numel()) for p in trained
+            )  # whole, though ZeRO-3 sharded it
         if (free := shutil.disk_usage(args.output_dir).free) < size:
             raise UserError(f"{folder}: needs {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; {_kept(previous)}")
         # Under the names it trains with: the resume loads by name and would leave renamed weights as they are.

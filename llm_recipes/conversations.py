@@ -211,6 +211,10 @@ class Encoder:
         if native[: len(ids)] != ids:
             raise UserError("this tokenizer joins text over special tokens, which these recipes do not support")
         self.stop_id = ids[-1]
+        if self.stop_id == tokenizer.pad_token_id:
+            raise UserError(
+                f"{tokenizer.pad_token} ends the answers of this chat template and is its padding too: give the tokenizer another pad_token"
+            )
         if self.stop_id not in self.ids.values():
             last = tokenizer.decode(ids[-1:])
             raise UserError(
@@ -418,20 +422,20 @@ def make_rows(config: ConversationConfig, encoder: Encoder, kind: str, args):
     """
     report, digests, trains, evals, tokens = [], [], [], [], []
     for source in config.datasets:
-        train, held_out = _split(source, kind, 0 if config.eval_datasets else config.eval_fraction, args.seed)
-        encoded, stats = encode_source(source, train, encoder, kind, args.max_length)
-        trains.append(encoded)
+        encoded, stats = encode_source(source, _load(source, kind), encoder, kind, args.max_length)
         tokens.append(stats["tokens"])
         digests.append(stats["digest"])
         report += _said(source, stats)
-        if held_out is not None:
-            encoded, stats = encode_source(source, held_out, encoder, kind, args.max_length)
-            evals.append(encoded)
-            report += [f"held out of {line}" for line in _said(source, stats)]
+        if config.eval_fraction and not config.eval_datasets:
+            if len(encoded) < 2:
+                raise UserError(f"datasets: {source.path} has one row: none can be held out; set eval_fraction: 0")
+            encoded, held_out = hold_out(encoded, config.eval_fraction, args.seed)
+            evals.append(held_out)
+        trains.append(encoded)  # the Trainer shuffles
     for source in config.eval_datasets:
-        encoded, stats = encode_source(source, _split(source, kind, 0, args.seed)[0], encoder, kind, args.max_length)
+        encoded, stats = encode_source(source, _load(source, kind), encoder, kind, args.max_length)
         evals.append(encoded)
-        report += _said(source, stats)
+        report += [f"held out: {line}" for line in _said(source, stats)]
     train, taken = mix(trains, [source.weight for source in config.datasets], args.seed, tokens)
     for source, encoded, used in zip(config.datasets, trains, taken, strict=True):
         if used < len(encoded):
@@ -463,7 +467,8 @@ def _said(source: Source, stats: dict) -> list[str]:
     return lines
 
 
-def _split(source: Source, kind: str, fraction: float, seed: int) -> tuple[Dataset, Dataset | None]:
+def _load(source: Source, kind: str) -> Dataset:
+    """The rows of a source as they are stored. Raises UserError for columns that no row of this kind can have."""
     rows = rename(load_rows(source), source, "datasets")
     if images := {"image", "images"} & set(rows.column_names):
         raise UserError(f"datasets: {source.path} has a column {images.pop()}: these recipes train on text alone")
@@ -473,8 +478,4 @@ def _split(source: Source, kind: str, fraction: float, seed: int) -> tuple[Datas
             f"datasets: {source.path} has the columns {', '.join(rows.column_names)}; needed: {wanted}. "
             "`columns: {ours: theirs}` renames them"
         )
-    if not fraction:
-        return rows.shuffle(seed=seed), None
-    if len(rows) < 2:
-        raise UserError(f"datasets: {source.path} has one row: none can be held out; set eval_fraction: 0")
-    return hold_out(rows, fraction, seed)
+    return rows

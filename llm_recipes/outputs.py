@@ -168,8 +168,7 @@ def _set_beside(folder: Path) -> None:
         os.replace(path, folder / "adapter" / path.name)
     for path in [*folder.glob("*token*"), *folder.glob("chat_template.jinja"), *folder.glob("generation_config.json")]:
         shutil.copy(path, folder / "adapter")
-    base = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    adapters.merge(folder / "adapter", base, folder)
+    adapters.merge(folder / "adapter", folder)
 
 
 def write_results(

@@ -1,9 +1,11 @@
 """What SFT, reward modelling and DPO share: their checks, first screen, and figures."""
 
 import math
+from itertools import groupby
 
 import pyarrow.compute as pc
 import trl
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedConfig
 
@@ -16,15 +18,17 @@ from llm_recipes.metrics import parameter_count
 from llm_recipes.preflight import attention_problems, check_plan, launch_lines, run_problems, show
 from llm_recipes.probes import check_isolation
 
+SHOWN = 512  # tokens of the example
+
 
 def preflight(
     args, run: RunConfig, data: ConversationConfig, model: trl.ModelConfig, adapter: AdapterConfig,
-    config: PreTrainedConfig,
+    config: PreTrainedConfig, trained: int | None = None,
 ) -> None:  # fmt: skip
-    """Checks all that does not need the rows. Raises UserError with every problem, one a line; nothing is written."""
+    """Checks all that does not need the rows; `trained` parameters, if not all. Raises UserError with every problem, one a line; nothing is written."""
     parameters = parameter_count(config)
     held_out = bool(data.eval_fraction or data.eval_datasets)
-    problems = run_problems(args, run, held_out, parameters)
+    problems = run_problems(args, run, held_out, parameters, trained)
     if not held_out and config.architectures[0].endswith("ForSequenceClassification"):
         problems.append("a reward model is judged on held-out pairs: set eval_fraction above 0, or eval_datasets")
     problems += adapter_problems(model, adapter, args) + attention_problems(model.attn_implementation)
@@ -70,15 +74,15 @@ def steps_of(args, rows: int) -> int:
 
 
 def shown_example(row: dict, tokenizer) -> list[tuple]:
-    """Lines with one row as the model sees it; what the loss is on stands between [[ and ]]."""
+    """Lines with one row as the model sees it, up to SHOWN tokens; what the loss is on stands between [[ and ]]."""
     if "labels" not in row:
-        return [(name.removesuffix("_ids"), repr(tokenizer.decode(row[name]))) for name in row if name.endswith("_ids")]
-    text, inside = "", False
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        if (label >= 0) != inside:
-            text, inside = text + ("[[" if label >= 0 else "]]"), label >= 0
-        text += tokenizer.decode([token])
-    return [("example", repr(text + "]]" * inside)), ("example", "the loss is on what stands between [[ and ]]")]
+        sides = [name for name in row if name.endswith("_ids")]
+        return [(name.removesuffix("_ids"), repr(tokenizer.decode(row[name][:SHOWN]))) for name in sides]
+    text, pairs = "", zip(row["input_ids"][:SHOWN], row["labels"], strict=False)
+    for learnt, run in groupby(pairs, key=lambda pair: pair[1] >= 0):
+        said = tokenizer.decode([token for token, _ in run])
+        text += f"[[{said}]]" if learnt else said
+    return [("example", repr(text)), ("example", "the loss is on what stands between [[ and ]]")]
 
 
 def plan(
@@ -147,5 +151,8 @@ def measure(trainer, rows: Dataset, throughput, started: float) -> dict:
         # of the run rather than the model, or averages of batches that follow the batch size
         skip = ("runtime", "per_second", "num_tokens", "epoch", "entropy", "token_accuracy", "min_reward", "max_reward")
         results |= {key: value for key, value in found.items() if not any(word in key for word in skip)}
-    length = round(token_count(rows) / len(rows))
-    return results | metrics.speed(trainer, throughput, metrics.flops_per_token(trainer.model.config, length), started)
+    length = round(token_count(rows) / len(rows) / (1 if "labels" in rows.column_names else 2))
+    flops = metrics.flops_per_token(trainer.model.config, length)
+    if is_peft_model(trainer.model):
+        flops *= 2 / 3  # frozen weights need no gradient
+    return results | metrics.speed(trainer, throughput, flops, started)

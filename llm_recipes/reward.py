@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from llm_recipes._compat import no_deepspeed
 from llm_recipes.adapters import whole_model
 from llm_recipes.answers import generate
+from llm_recipes.config import RewardModelConfig
 from llm_recipes.conversations import Encoder
 from llm_recipes.errors import RecipeExit
 from llm_recipes.metrics import wilson
@@ -178,11 +179,11 @@ def check_saved(folder: str | Path, saved, sequences: list[list[int]], expected,
     return difference
 
 
-def judge(trainer, pairs: Dataset, policy: str, encoder: Encoder, samples: int, max_new_tokens: int) -> dict:
+def judge(trainer, pairs: Dataset, policy: tuple[str, str], encoder: Encoder, scoring: RewardModelConfig) -> dict:
     """Figures for metrics.json on held-out `pairs`, from `report`, `check_saved` and `statistics`; every rank takes part.
 
-    The statistics are those of the scores of `samples` answers that the SFT model `policy` draws to their prompts; PPO
-    normalises with them, so config.json holds them too. reward_report.json has the whole report, reliability.png shows it.
+    The statistics are those of the scores of answers that the SFT model `policy` (name, revision) draws to their prompts;
+    PPO normalises with them, so config.json holds them too. reward_report.json has the whole report, reliability.png shows it.
     """
     folder, batch_size = Path(trainer.args.output_dir), trainer.args.per_device_eval_batch_size
     pad_id, sides = encoder.tokenizer.pad_token_id, [pairs[name] for name in ("chosen_ids", "rejected_ids")]
@@ -195,14 +196,15 @@ def judge(trainer, pairs: Dataset, policy: str, encoder: Encoder, samples: int, 
     del figures["reliability"]
     saved = load_saved(folder, trainer.model)
     figures["saved_difference"] = check_saved(folder, saved, sides[0][:32], scores[0][:32], pad_id, batch_size)
-    if samples:
-        rows = pairs.select(range(min(samples, len(pairs))))
+    if scoring.score_samples:
+        rows = pairs.select(range(min(scoring.score_samples, len(pairs))))
         prompts = [ids[:size] for ids, size in zip(rows["chosen_ids"], rows["prompt_size"], strict=True)]
         with no_deepspeed():  # or generating would wait for the other ranks
-            model = AutoModelForCausalLM.from_pretrained(policy, dtype=saved.dtype).to(saved.device)
+            name, revision = policy
+            model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=saved.dtype).to(saved.device)
             model.generation_config.eos_token_id = encoder.stop_id
             torch.manual_seed(trainer.args.seed)
-            drawn = generate(model, prompts, pad_id, max_new_tokens, sample=True)
+            drawn = generate(model, prompts, pad_id, scoring.max_new_tokens, sample=True)
         figures |= statistics(score(saved, [p + d for p, d in zip(prompts, drawn, strict=True)], pad_id, batch_size))
         if (folder / "config.json").is_file():
             config = json.loads((folder / "config.json").read_text())

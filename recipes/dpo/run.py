@@ -13,7 +13,7 @@ from trl import DPOConfig, ModelConfig
 
 from llm_recipes import outputs, post_training
 from llm_recipes._compat import PairsTrainer
-from llm_recipes.adapters import lora_config, trained_parameters, whole_model
+from llm_recipes.adapters import lora_config, trained_parameters, weights_digest, whole_model
 from llm_recipes.answers import exact_match, load_questions
 from llm_recipes.checkpoints import find_checkpoint, protect
 from llm_recipes.config import AdapterConfig, AnswerConfig, ConversationConfig, RunConfig, parse
@@ -37,7 +37,9 @@ def main():
     name = whole_model(model_config.model_name_or_path, model_config.model_revision)
     tokenizer, report, _, untrained = load_chat_tokenizer(name, model_config.model_revision)
     config = trained_config(name, model_config, tokenizer)
-    post_training.preflight(args, run, data, model_config, adapter, config)
+    peft_config = lora_config(model_config, config, untrained)
+    trained = trained_parameters(config, peft_config)
+    post_training.preflight(args, run, data, model_config, adapter, config, trained)
     questions = load_questions(answers.answers) if answers.answers else None
 
     # 3. Pairs become token ids: prompt, chosen and rejected. One process does it; the others wait, then read the same file.
@@ -45,9 +47,8 @@ def main():
     train, evaluation, said, digests = make_rows(data, encoder, "pairs", args)
 
     # 4. The plan
-    peft_config = lora_config(model_config, config, untrained)
-    record = outputs.describe(run.resolved, {"data": digests, "tokenizer": encoder.digest})
-    trained = trained_parameters(config, peft_config)
+    base = weights_digest(name, model_config.model_revision)
+    record = outputs.describe(run.resolved, {"data": digests, "tokenizer": encoder.digest, "model": base})
     post_training.plan(args, run, config, encoder, train, evaluation, report + said, record, trained)
     if run.dry_run:
         return

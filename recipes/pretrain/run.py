@@ -12,6 +12,7 @@ import time
 from transformers import Trainer, TrainingArguments
 
 from llm_recipes import metrics, outputs
+from llm_recipes.adapters import weights_digest
 from llm_recipes.batches import Batches, Examples, StreamedExamples, train_on
 from llm_recipes.checkpoints import find_checkpoint, protect
 from llm_recipes.config import (
@@ -67,9 +68,9 @@ def main():
     eval_dataset = None if eval_windows is None else Examples(eval_windows, hold, args.seed, shuffle=False)
 
     # 5. The plan
-    record = outputs.describe(
-        run.resolved, {"data": digests, "tokenizer": hasher(tokenizer.backend_tokenizer.to_str())}
-    )
+    base = weights_digest(model_config.model_name_or_path, model_config.model_revision or "main")
+    identity = {"data": digests, "tokenizer": hasher(tokenizer.backend_tokenizer.to_str()), "model": base}
+    record = outputs.describe(run.resolved, identity)
     plan(args, run, length, config, tokenizer, train_dataset, eval_dataset, batches, report, record)
     if run.dry_run:
         return

@@ -11,7 +11,7 @@ import time
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from llm_recipes import outputs, post_training, reward
-from llm_recipes.adapters import lora_config, trained_parameters, whole_model
+from llm_recipes.adapters import lora_config, trained_parameters, weights_digest, whole_model
 from llm_recipes.checkpoints import find_checkpoint, protect
 from llm_recipes.config import AdapterConfig, ConversationConfig, RewardModelConfig, RunConfig, parse
 from llm_recipes.conversations import Encoder, load_chat_tokenizer, make_rows
@@ -34,16 +34,17 @@ def main():
     name = whole_model(model_config.model_name_or_path, model_config.model_revision)
     tokenizer, report, _, untrained = load_chat_tokenizer(name, model_config.model_revision, args.chat_template_path)
     config = trained_config(name, model_config, tokenizer, "SEQ_CLS")
-    post_training.preflight(args, run, data, model_config, adapter, config)
+    peft_config = lora_config(model_config, config, untrained)
+    trained = trained_parameters(config, peft_config)
+    post_training.preflight(args, run, data, model_config, adapter, config, trained)
 
     # 3. Pairs become token ids: the whole conversation, up to the end of the chosen or rejected answer
     encoder = Encoder(tokenizer)
     train, evaluation, said, digests = make_rows(data, encoder, "scored", args)
 
     # 4. The plan
-    peft_config = lora_config(model_config, config, untrained)
-    record = outputs.describe(run.resolved, {"data": digests, "tokenizer": encoder.digest})
-    trained = trained_parameters(config, peft_config)
+    base = weights_digest(name, model_config.model_revision)
+    record = outputs.describe(run.resolved, {"data": digests, "tokenizer": encoder.digest, "model": base})
     post_training.plan(args, run, config, encoder, train, evaluation, report + said, record, trained)
     if run.dry_run:
         return
@@ -66,7 +67,7 @@ def main():
     # 7. Save first, then judge what was saved on the held-out pairs
     outputs.save_model(trainer, adapter.merge)
     results = post_training.measure(trainer, train, throughput, started)
-    results |= reward.judge(trainer, evaluation, name, encoder, scoring.score_samples, scoring.max_new_tokens)
+    results |= reward.judge(trainer, evaluation, (name, model_config.model_revision), encoder, scoring)
     if args.process_index == 0:
         sentence = f"A reward model from {model_config.model_name_or_path}, trained on {len(train):,} pairs."
         outputs.write_results(args.output_dir, record, results, sentence, history=trainer.state.log_history)
