@@ -698,7 +698,7 @@ def _pretrain(stream, draw, difficulty):
         ]
         if draw() < 0.5:
             return step, "right"
-        return step._replace(result=near[int(draw() ** 2 * len(near))]), "wrong"  # near ones more often
+        return Step(*step[:3], near[int(draw() ** 2 * len(near))]), "wrong"  # near ones more often
 
     for problem in stream:
         kind = draw()
