@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -85,6 +86,7 @@ def test_score_leaves_the_model_as_it_was_and_ignores_autocast(model, monkeypatc
     """The Trainer's model computes in bf16 under autocast: its outputs are multiples of 2^-8 or coarser near 1."""
     expected = score(model, texts(), PAD, 4)
     monkeypatch.setattr(model.config, "use_cache", False)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before this one, which had another precision
     Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
     forward, original = model.forward, model._original_forward
     model.train()
@@ -98,6 +100,7 @@ def test_score_leaves_the_model_as_it_was_and_ignores_autocast(model, monkeypatc
     assert (rounded == rounded.bfloat16().float()).all() and rounded.item() != expected[0]
     score(model, [[5]], PAD, 1)
     assert not model.training
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_report_by_hand():

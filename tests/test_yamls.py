@@ -102,6 +102,7 @@ def test_post_training_yaml_trains_two_steps(path, base, tmp_path, monkeypatch):
         swap["attn_implementation"] = None
     if shipped.get("packing"):
         swap["datasets"][0]["rows"] = 2000
+        swap["eval_datasets"][0]["rows"] = 50 * batch
     if "answers" in shipped:
         swap["answers"] = shipped["answers"] | {"rows": 2}
     done = run("--config", path, *words(swap), script=script, fault=f"send_signal:2:{signal.SIGTERM.value}")
