@@ -2,13 +2,11 @@
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import torch
 import trl
 import xxhash
-from filelock import FileLock
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -22,7 +20,7 @@ from transformers.utils import find_adapter_config_file
 
 from llm_recipes._compat import no_deepspeed
 from llm_recipes.config import AdapterConfig, check_local
-from llm_recipes.datasets import cache_dir, hasher
+from llm_recipes.datasets import built_once, hasher
 from llm_recipes.errors import UserError
 from llm_recipes.metrics import meta_model
 
@@ -43,24 +41,14 @@ def weights_digest(name: str | None, revision: str = "main") -> str | None:
 
 
 def whole_model(name: str, revision: str = "main") -> str:
-    """`name`, or for an adapter a folder in the cache with its base and it merged; adapters on adapters too.
-
-    One process merges while the others wait at a file lock.
-    """
+    """`name`, or for an adapter a folder in the cache with its base and it merged; adapters on adapters too."""
     name = check_local("model_name_or_path", name)
     if find_adapter_config_file(name, revision=revision) is None:
         return name
     adapter = name if Path(name).is_dir() else snapshot_download(name, revision=revision)
     base, base_revision = _base(adapter)
-    folder = cache_dir() / f"merged-{hasher(weights_digest(adapter), weights_digest(base, base_revision))}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            partial = Path(f"{folder}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            merge(adapter, partial)
-            shutil.move(partial, folder)
-    return str(folder)
+    key = hasher(weights_digest(adapter), weights_digest(base, base_revision))
+    return str(built_once(f"merged-{key}", lambda folder: merge(adapter, folder)))
 
 
 def _base(adapter: str | Path) -> tuple[str, str]:

@@ -3,12 +3,13 @@
 import torch
 from datasets import Dataset
 
-from llm_recipes.arithmetic import final_answer
+from llm_recipes.arithmetic import final_answer, is_correct
 from llm_recipes.config import Source
 from llm_recipes.conversations import Encoder
 from llm_recipes.datasets import load_rows, rename
 from llm_recipes.errors import UserError
 from llm_recipes.metrics import wilson
+from llm_recipes.models import stop_ids
 
 
 def load_questions(source: Source) -> Dataset:
@@ -50,10 +51,8 @@ def generate(
             ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=sample,
             use_cache=True, pad_token_id=pad_id, repetition_penalty=1.0, no_repeat_ngram_size=0, **how,
         )[:, width:].tolist()  # fmt: skip
-        stops = model.generation_config.eos_token_id
-        stops = {stops} if isinstance(stops, int) else set(stops or [])
         for row, tokens in zip(rows, out, strict=True):
-            end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+            end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids(model)), len(tokens))
             completions[row] = tokens[:end]
     model.train(training)
     return completions
@@ -65,10 +64,9 @@ def exact_match(model, encoder: Encoder, questions: Dataset, max_new_tokens: int
     ids = [ids for ids, _ in encoder.encode([encoder.pieces(prompt, prompt=True) for prompt in prompts])]
     completions = generate(model, ids, encoder.tokenizer.pad_token_id, max_new_tokens)
     texts = encoder.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    right = sum(final_answer(text) == final_answer(gold) for text, gold in zip(texts, questions["answer"], strict=True))
+    right = sum(is_correct(text, final_answer(gold)) for text, gold in zip(texts, questions["answer"], strict=True))
     low, high = wilson(right, len(texts))
-    stops = model.generation_config.eos_token_id
-    stopped = sum(tokens[-1] in ([stops] if isinstance(stops, int) else stops) for tokens in completions)
+    stopped = sum(tokens[-1] in stop_ids(model) for tokens in completions)
     figures = {
         "exact_match": right / len(texts), "exact_match_low": low, "exact_match_high": high, "questions": len(texts),
         "stopped": stopped / len(texts), "answer_tokens": sum(map(len, completions)) / len(texts),

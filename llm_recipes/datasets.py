@@ -10,8 +10,9 @@ repeated; the mixture is as large as the scarcest source allows. Without weights
 
 import json
 import os
+import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +48,19 @@ def hasher(*parts) -> str:
 def cache_dir() -> Path:
     """Where windows and tokenizers trained on the spot are kept; inside the cache of `datasets`."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "llm_recipes"
+
+
+def built_once(name: str, build: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache, which `build` fills if it is not there. One process does; the others wait at a file lock."""
+    folder = cache_dir() / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = Path(f"{folder}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            build(partial)
+            shutil.move(partial, folder)
+    return folder
 
 
 # ---- documents -----------------------------------------------------------------------------------

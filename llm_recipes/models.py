@@ -117,6 +117,12 @@ def trained_config(
     return config
 
 
+def stop_ids(model: PreTrainedModel) -> list[int]:
+    """Ids at which `generate` stops."""
+    ids = model.generation_config.eos_token_id
+    return [ids] if isinstance(ids, int) else ids or []
+
+
 def load_trained(
     name: str, model: trl.ModelConfig, config: PreTrainedConfig, tokenizer, stop_id: int | None = None
 ) -> PreTrainedModel:
@@ -141,9 +147,7 @@ def load_trained(
     if len(tokenizer) > config.vocab_size:
         loaded.resize_token_embeddings(len(tokenizer))
     if stop_id is not None:
-        known = loaded.generation_config.eos_token_id or []
-        others = [known] if isinstance(known, int) else known
-        loaded.generation_config.eos_token_id = list(dict.fromkeys([stop_id, *others]))
+        loaded.generation_config.eos_token_id = list(dict.fromkeys([stop_id, *stop_ids(loaded)]))
         loaded.generation_config.pad_token_id = tokenizer.pad_token_id
         loaded.config.eos_token_id = tokenizer.eos_token_id
     return loaded

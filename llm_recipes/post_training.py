@@ -15,7 +15,7 @@ from llm_recipes.config import AdapterConfig, ConversationConfig, RunConfig
 from llm_recipes.conversations import Encoder
 from llm_recipes.errors import UserError
 from llm_recipes.metrics import parameter_count
-from llm_recipes.preflight import attention_problems, check_plan, launch_lines, run_problems, show
+from llm_recipes.preflight import attention_problems, check_plan, launch_lines, processes, run_problems, show
 from llm_recipes.probes import check_isolation
 
 SHOWN = 512  # tokens of the example
@@ -105,7 +105,7 @@ def plan(
             ("model", f"{config.architectures[0]}, {parameters:,} parameters{part}"),
             (
                 "batch",
-                f"{batch} rows = {args.world_size} process{'es' if args.world_size > 1 else ''} x "
+                f"{batch} rows = {processes(args)} x "
                 f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulation; about "
                 f"{batch * tokens:,.0f} tokens a step",
             ),

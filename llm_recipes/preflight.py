@@ -241,7 +241,7 @@ def plan(
         ),
         (
             "batch",
-            f"{batch} sequences = {_processes(args)} x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
+            f"{batch} sequences = {processes(args)} x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
             f"accumulation; {batch * length:,} tokens a step{f', after {ramp}' if ramp else ''}",
         ),
         ("steps", f"{steps:,}: {tokens:,} tokens{epochs}, {tokens / parameters:.1f} a parameter"),
@@ -262,7 +262,7 @@ def check_plan(args: TrainingArguments, record: dict, steps: int) -> None:
         raise UserError("\n".join(problems))
 
 
-def _processes(args: TrainingArguments) -> str:
+def processes(args: TrainingArguments) -> str:
     return f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
 
 
@@ -273,7 +273,7 @@ def launch_lines(args: TrainingArguments, run: RunConfig, parameters: int, train
     frozen = 4 * (parameters - trained) / (args.world_size if strategy.endswith("ZeRO-3") or "FSDP" in strategy else 1)
     memory = frozen + state_bytes(strategy, args.world_size) * trained
     return [
-        ("strategy", f"{strategy}, {_processes(args)}, {args.device.type}, {dtype}; seed {args.seed}"),
+        ("strategy", f"{strategy}, {processes(args)}, {args.device.type}, {dtype}; seed {args.seed}"),
         ("strategy", idle_devices()),
         (
             "memory",

@@ -1,16 +1,12 @@
 """A byte-level BPE tokenizer trained on the run's own documents."""
 
-import shutil
-from pathlib import Path
-
 from datasets import IterableDataset
-from filelock import FileLock
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm_recipes._compat import fingerprint
 from llm_recipes.config import TokenizerConfig, check_local
-from llm_recipes.datasets import Documents, cache_dir, hasher, texts
+from llm_recipes.datasets import Documents, built_once, hasher, texts
 from llm_recipes.errors import UserError
 
 # Words with their leading space, single digits, punctuation runs, newlines (the split of Qwen2).
@@ -97,16 +93,14 @@ def load_tokenizer(
         raise UserError(
             "streaming cannot train a tokenizer on the spot: run recipes/tokenizer/run.py and set tokenizer_name_or_path"
         )
-    folder = cache_dir() / f"tokenizer-{hasher(*map(fingerprint, trains), config.tokenizer_vocab_size, SPLIT, *SPARE)}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            partial = Path(f"{folder}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            rows = (row for train in trains for row in train)
-            train_tokenizer(rows, config.tokenizer_vocab_size).save_pretrained(partial)
-            shutil.move(partial, folder)
-    return AutoTokenizer.from_pretrained(folder)
+    key = hasher(*map(fingerprint, trains), config.tokenizer_vocab_size, SPLIT, *SPARE)
+    rows = (row for train in trains for row in train)
+    return AutoTokenizer.from_pretrained(
+        built_once(
+            f"tokenizer-{key}",
+            lambda folder: train_tokenizer(rows, config.tokenizer_vocab_size).save_pretrained(folder),
+        )
+    )
 
 
 def quality(tokenizer, held_out: list[str]) -> dict:
