@@ -40,9 +40,9 @@ def weights_digest(name: str | None, revision: str = "main") -> str | None:
     return digest.hexdigest()
 
 
-def whole_model(name: str, revision: str = "main") -> str:
-    """`name`, or for an adapter a folder in the cache with its base and it merged; adapters on adapters too."""
-    name = check_local("model_name_or_path", name)
+def whole_model(name: str, revision: str = "main", key: str = "model_name_or_path") -> str:
+    """`name`, given as `key`, or for an adapter a folder in the cache with its base and it merged; adapters on adapters too."""
+    name = check_local(key, name)
     if find_adapter_config_file(name, revision=revision) is None:
         return name
     adapter = name if Path(name).is_dir() else snapshot_download(name, revision=revision)

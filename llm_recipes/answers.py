@@ -2,6 +2,7 @@
 
 import torch
 from datasets import Dataset
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from llm_recipes.arithmetic import final_answer, is_correct
 from llm_recipes.config import Source
@@ -31,28 +32,46 @@ def load_questions(source: Source) -> Dataset:
     return rows
 
 
+class _Draw(LogitsProcessor):
+    """Leaves one token: the one at which the cumulated probability passes a random number in [0, 1)."""
+
+    def __init__(self, uniforms: torch.Tensor, width: int, temperature: float):
+        self.uniforms, self.width, self.temperature = uniforms, width, temperature
+
+    def __call__(self, input_ids, scores):
+        cumulated = (scores.float() / self.temperature).softmax(-1).cumsum(-1)
+        wanted = self.uniforms[:, input_ids.shape[1] - self.width, None] * cumulated[:, -1:]
+        token = torch.searchsorted(cumulated, wanted, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
 @torch.no_grad()
 def generate(
-    model, prompts: list[list[int]], pad_id: int, max_new_tokens: int, sample: bool = False, batch_size: int = 64
-) -> list[list[int]]:
-    """Completions of token-id prompts up to the end of turn, which stays in: greedy, or a `sample` at temperature 1.
+    model, prompts: list[list[int]], pad_id: int, max_new_tokens: int, uniforms: torch.Tensor | None = None,
+    temperature: float = 1.0, stop: list[int] | None = None, batch_size: int = 64, **options,
+) -> list[list[int]]:  # fmt: skip
+    """Completions of token-id prompts up to the first of `stop` (the model's own without), which stays in: greedy, or drawn
+    at `temperature` with the random numbers `uniforms` `(n, max_new_tokens)`.
 
-    Batches are sorted by length and padded left. The penalties of a model's own generation_config do not count.
+    Drawn so, a completion follows from its own numbers, whatever stands beside it in the batch. Batches are sorted by
+    length and padded left. The penalties of a model's own generation_config do not count; `options` are generate's.
     """
     completions, order = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    training, how = model.training, {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}
+    training, stop = model.training, stop_ids(model) if stop is None else stop
     model.eval()
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         width = max(len(prompts[row]) for row in rows)
         ids = torch.tensor([[pad_id] * (width - len(prompts[row])) + prompts[row] for row in rows])
         mask = torch.tensor([[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in rows])
+        drawn = [] if uniforms is None else [_Draw(uniforms[rows].to(model.device), width, temperature)]
         out = model.generate(
-            ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=sample,
-            use_cache=True, pad_token_id=pad_id, repetition_penalty=1.0, no_repeat_ngram_size=0, **how,
+            ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=False,
+            use_cache=True, pad_token_id=pad_id, eos_token_id=stop or None, repetition_penalty=1.0,
+            no_repeat_ngram_size=0, logits_processor=LogitsProcessorList(drawn), **options,
         )[:, width:].tolist()  # fmt: skip
         for row, tokens in zip(rows, out, strict=True):
-            end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids(model)), len(tokens))
+            end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
             completions[row] = tokens[:end]
     model.train(training)
     return completions

@@ -63,6 +63,39 @@ class ConversationConfig(DataConfig):
 
 
 @dataclass
+class PromptConfig(ConversationConfig):
+    max_prompt_length: int = field(
+        default=512, metadata={"help": "Prompts of more tokens, chat template included, are left out and counted."}
+    )
+
+
+@dataclass
+class Reward:
+    """One entry of `rewards`."""
+
+    path: str  # a reward model, Hub id or folder, adapters too; or builtin:exact_match
+    weight: float = 1.0
+    revision: str = "main"
+
+
+@dataclass
+class RewardsConfig:
+    rewards: list[Reward] = field(
+        metadata={"help": "What is added up to the score of an answer, each with path and optionally weight, revision."}
+    )
+    normalize_scores: bool = field(
+        default=True,
+        metadata={"help": "Scores of a reward model less score_mean, over score_std, where its config.json has them."},
+    )
+    critic_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A reward model that a separate critic starts from; without it the policy, with values of 0."
+        },
+    )
+
+
+@dataclass
 class WindowConfig:
     sequence_length: int = field(default=1024, metadata={"help": "Tokens a window."})
     streaming: bool = field(
@@ -251,13 +284,14 @@ REFUSED = {
     "eos_token": "the end of turn is the chat template's",
     "pad_token": "the tokenizer's, or a spare one where that is the EOS",
     "lora_task_type": "it follows from the recipe",
+    "reward_weights": "each of `rewards` has a `weight`",
 }
 
 MINIMUM = {
     "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "eval_fraction": 0,
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "num_train_epochs": 0, "max_steps": -1, "seed": 0, "warmup_steps": 0, "dataloader_num_workers": 0,
-    "global_batch_size": 1, "sequence_length": 2, "max_length": 2, "max_new_tokens": 1, "beta": 0, "lora_r": 1, "save_total_limit": 1, "tokenizer_vocab_size": 1, "vocab_size": 1,
+    "global_batch_size": 1, "sequence_length": 2, "max_length": 2, "max_prompt_length": 1, "max_new_tokens": 1, "beta": 0, "lora_r": 1, "save_total_limit": 1, "tokenizer_vocab_size": 1, "vocab_size": 1,
 }  # fmt: skip
 
 

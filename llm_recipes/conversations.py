@@ -1,6 +1,6 @@
-"""From rows to token ids for post-training: conversations for SFT, pairs for reward models and DPO.
+"""From rows to token ids for post-training: conversations for SFT, pairs for reward models and DPO, prompts for PPO.
 
-Every row becomes messages (`to_messages`, `to_preference`), the tokenizer's chat template renders them, and the loss
+Every row becomes messages (`to_messages`, `to_preference`, `to_prompt`), the tokenizer's chat template renders them, and the loss
 falls on what the template marks with {% generation %}: the assistant's words and the token that ends its turn. Rows
 that cannot be used are left out, counted and said; nothing is truncated.
 """
@@ -107,6 +107,15 @@ def to_preference(row: dict) -> tuple[list[dict], list[dict], list[dict]]:
         if not side or side[-1]["role"] != "assistant" or not side[-1]["content"].strip():
             raise Unusable("have an empty answer")
     return prompt, chosen, rejected
+
+
+def to_prompt(row: dict) -> list[dict]:
+    """The messages to be answered: `prompt`, text or messages, or the text `question`. Raises Unusable where nothing is asked."""
+    asked = row.get("question") if row.get("prompt") is None else row["prompt"]
+    messages = _checked(_as_messages(asked, "user"))
+    if not messages or messages[-1]["role"] == "assistant" or not messages[-1]["content"].strip():
+        raise Unusable("have no prompt")
+    return messages
 
 
 def _as_messages(value, role: str) -> list[dict]:
@@ -283,8 +292,13 @@ class Encoder:
         parts = [(a, b) for a, b in pairwise(cuts) if b > a]
         return [(text[a:b], a in starts, any(s <= a and b <= e for s, e in spans)) for a, b in parts]
 
-    def encode(self, conversations: list[list[tuple[str, bool, bool]]]) -> list[tuple[list[int], list[bool]]]:
-        """(ids, assistant's) of the `pieces` of each conversation, up to the last token that the assistant says."""
+    def encode(
+        self, conversations: list[list[tuple[str, bool, bool]]], whole: bool = False
+    ) -> list[tuple[list[int], list[bool]]]:
+        """(ids, assistant's) of the `pieces` of each conversation, up to the last token that the assistant says.
+
+        With `whole` also of what the template writes after it, such as a newline.
+        """
         backend = self.tokenizer.backend_tokenizer
         take_text_whole(self.tokenizer)
         plain = [text for pieces in conversations for text, special, _ in pieces if not special]
@@ -297,7 +311,7 @@ class Encoder:
                 new = [self.ids[text]] if special else next(encodings).ids
                 ids += new
                 mask += [assistant] * len(new)
-            end = len(mask) - mask[::-1].index(True) if True in mask else len(mask)
+            end = len(mask) if whole or True not in mask else len(mask) - mask[::-1].index(True)
             encoded.append((ids[:end], mask[:end]))
         return encoded
 
@@ -317,13 +331,22 @@ NEEDS = {
     "sft": [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}],
     "pairs": [{"chosen", "rejected"}],
     "scored": [{"chosen", "rejected"}],
+    "prompts": [{"prompt"}, {"question"}],
 }
+IDS = {"input_ids", "prompt_ids", "chosen_ids", "rejected_ids"}  # the columns that a model reads
+
+
+def limit_of(kind: str) -> str:
+    """The key that says how many tokens a row of this kind may have."""
+    return "max_prompt_length" if kind == "prompts" else "max_length"
 
 
 def _parts(encoder: Encoder, row: dict, kind: str) -> list:
     """Pieces of what is to be encoded of a row: the conversation, or the prompt alone and both answered ones."""
     if kind == "sft":
         return [encoder.pieces(to_messages(row))]
+    if kind == "prompts":
+        return [encoder.pieces(to_prompt(row), prompt=True)]
     prompt, chosen, rejected = to_preference(row)
     if kind == "pairs" and any(message["role"] != "assistant" for message in chosen + rejected):
         raise Unusable("differ before the last answer: the loss would be on other words than the assistant's too")
@@ -332,9 +355,12 @@ def _parts(encoder: Encoder, row: dict, kind: str) -> list:
 
 def _columns(encoded: list, row: dict, kind: str, max_length: int | None) -> dict:
     """Columns of the dataset: `input_ids` and `labels` for SFT; `prompt_ids`, `chosen_ids` and `rejected_ids` after it
-    for DPO; `chosen_ids` and `rejected_ids` with the prompt, its size, and `margin` (0 where a row has none), for reward models."""
+    for DPO; `chosen_ids` and `rejected_ids` with the prompt, its size, and `margin` (0 where a row has none), for reward models;
+    `prompt_ids`, `prompt` as messages, and all else in the row, which rewards may read, for PPO."""
     if max_length and max(len(ids) for ids, _ in encoded) > max_length:
-        raise Unusable(f"are longer than max_length {max_length}")
+        raise Unusable(f"are longer than {limit_of(kind)} {max_length}")
+    if kind == "prompts":
+        return row | {"prompt_ids": encoded[0][0], "prompt": to_prompt(row)}
     if kind == "sft":
         ((ids, mask),) = encoded
         return {"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, mask, strict=True)]}
@@ -385,6 +411,7 @@ def encode_source(source: Source, documents: Dataset, encoder: Encoder, kind: st
         if not (arrow.is_file() and info.is_file()):
             stats = {"rows": 0, "tokens": 0, "left_out": {}}
             digest, partial, out = xxhash.xxh3_128(), arrow.with_suffix(".partial"), None
+            schema = _prompt_schema(documents) if kind == "prompts" else None
             for start in range(0, len(documents), BATCH):
                 results = encode_rows(
                     encoder,
@@ -397,13 +424,12 @@ def encode_source(source: Source, documents: Dataset, encoder: Encoder, kind: st
                         stats["left_out"].setdefault(reason, [0, row])[0] += 1
                 if not (good := [columns for columns in results if isinstance(columns, dict)]):
                     continue
-                table = pa.Table.from_pylist(good)
+                table = pa.Table.from_pylist(good, schema)
                 out = out or pa.ipc.new_stream(str(partial), table.schema)
                 out.write_table(table)
                 stats["rows"] += len(good)
-                lists = [ids for columns in good for ids in columns.values() if isinstance(ids, list)]
-                stats["tokens"] += sum(map(len, lists)) // (2 if kind == "sft" else 1)
-                digest.update(json.dumps(good).encode())
+                stats["tokens"] += sum(len(columns[name]) for columns in good for name in IDS & columns.keys())
+                digest.update(json.dumps(good, default=str).encode())
             if out is None:
                 what = "; ".join(f"{n:,} {reason}" for reason, (n, _) in stats["left_out"].items()) or "it has none"
                 raise UserError(f"datasets: {source.path}: no row is left to train on: {what}")
@@ -414,15 +440,27 @@ def encode_source(source: Source, documents: Dataset, encoder: Encoder, kind: st
     return Dataset.from_file(str(arrow)), json.loads(info.read_text())
 
 
+def _prompt_schema(documents: Dataset) -> pa.Schema:
+    """Of rows with prompts: a batch of rows alone would not tell the types of the columns that are not ours."""
+    ours = {
+        "prompt_ids": pa.list_(pa.int64()),
+        "prompt": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+    }
+    theirs = {field.name: field.type for field in documents.features.arrow_schema}
+    return pa.schema(theirs | ours)
+
+
 def make_rows(config: ConversationConfig, encoder: Encoder, kind: str, args):
     """(train, held out or None, report, digests): all sources of `config`, encoded, mixed and cut to whole batches.
 
-    `kind` is "sft" (input_ids, labels), "pairs" (prompt_ids, chosen_ids, rejected_ids) or "scored" (the same with
-    their prompts, and margin). Of `datasets`, `eval_fraction` is held out unless there are `eval_datasets`.
+    `kind` is "sft" (input_ids, labels), "pairs" (prompt_ids, chosen_ids, rejected_ids), "scored" (the same with
+    their prompts, and margin) or "prompts" (prompt_ids, prompt, and all columns that are not ours; whole rollouts to
+    train on). Of `datasets`, `eval_fraction` is held out unless there are `eval_datasets`.
     """
     report, digests, trains, evals, tokens = [], [], [], [], []
+    longest = getattr(config if kind == "prompts" else args, limit_of(kind))
     for source in config.datasets:
-        encoded, stats = encode_source(source, _load(source, kind), encoder, kind, args.max_length)
+        encoded, stats = encode_source(source, _load(source, kind), encoder, kind, longest)
         tokens.append(stats["tokens"])
         digests.append(stats["digest"])
         report += _said(source, stats)
@@ -433,14 +471,17 @@ def make_rows(config: ConversationConfig, encoder: Encoder, kind: str, args):
             evals.append(held_out)
         trains.append(encoded)  # the Trainer shuffles
     for source in config.eval_datasets:
-        encoded, stats = encode_source(source, _load(source, kind), encoder, kind, args.max_length)
+        encoded, stats = encode_source(source, _load(source, kind), encoder, kind, longest)
         evals.append(encoded)
         report += [f"held out: {line}" for line in _said(source, stats)]
-    train, taken = mix(trains, [source.weight for source in config.datasets], args.seed, tokens)
+    try:
+        train, taken = mix(trains, [source.weight for source in config.datasets], args.seed, tokens)
+        evaluation = concatenate_datasets(evals) if evals else None
+    except ValueError as error:  # a column of prompts that is not ours
+        raise UserError(f"datasets: the columns of the sources do not fit together: {error}") from error
     for source, encoded, used in zip(config.datasets, trains, taken, strict=True):
         if used < len(encoded):
             report.append(f"{source.path}: {used:,} of {len(encoded):,} rows used, to keep the weights")
-    evaluation = concatenate_datasets(evals) if evals else None
     if getattr(args, "packing", False):
         rows = len(train)
         train = pack_dataset(train.shuffle(seed=args.seed), args.max_length, args.packing_strategy)
@@ -448,9 +489,10 @@ def make_rows(config: ConversationConfig, encoder: Encoder, kind: str, args):
         if evaluation is not None and args.eval_packing is not False:
             evaluation = pack_dataset(evaluation, args.max_length, args.packing_strategy)
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if len(train) < batch_size:
-        raise UserError(f"datasets: {len(train)} rows to train on, fewer than one batch of {batch_size}")
-    train = whole_batches(train, batch_size, report, args.seed, "rows to train on")
+    drawn, what = (batch_size, "batch") if kind != "prompts" else (args.rollout_size // args.num_generations, "rollout")
+    if len(train) < drawn:
+        raise UserError(f"datasets: {len(train)} rows to train on, fewer than one {what} of {drawn}")
+    train = whole_batches(train, drawn, report, args.seed, "rows to train on")
     if evaluation is not None:
         args.per_device_eval_batch_size = micro_batch(batch_size // args.world_size, args.per_device_eval_batch_size)
         evaluation = whole_batches(evaluation, batch_size, report, args.seed, "held-out rows")

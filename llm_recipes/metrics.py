@@ -166,8 +166,8 @@ def measure(trainer, objective: str, eval_examples, tokenizer, throughput, flops
     return results | speed(trainer, throughput, flops, started)
 
 
-def speed(trainer, throughput, flops: float, started: float) -> dict:
-    """Tokens and FLOPs a second, as in `measure`; every rank takes part."""
+def speed(trainer, throughput, flops: float | None, started: float) -> dict:
+    """Tokens and FLOPs a second, as in `measure`; without `flops` tokens alone. Every rank takes part."""
     args, results = trainer.args, {}
     if (rate := throughput.tokens_per_second()) is not None:
         seconds = time.perf_counter() - started
@@ -175,8 +175,10 @@ def speed(trainer, throughput, flops: float, started: float) -> dict:
             "tokens_per_second": rate,
             "end_to_end_tokens_per_second": throughput.session_tokens / seconds,
             "seconds": seconds,
-            "model_flops_per_second": rate * flops,
         }
+        if flops is None:
+            return results
+        results["model_flops_per_second"] = rate * flops
         if args.device.type == "cpu":  # all ranks at once, as in training
             matmul = torch.tensor([measured_flops(args.device)], dtype=torch.float64)
             results["fraction_of_matmul_rate"] = rate * flops / trainer.accelerator.reduce(matmul, "sum").item()

@@ -76,7 +76,10 @@ class Throughput(ProgressCallback):
         if not state.is_world_process_zero or self.training_bar is None or "train_runtime" in logs:
             return
         line = f"step {state.global_step:>6,}/{state.max_steps:,}"
-        for key, form in (("loss", ".4f"), ("grad_norm", ".2f"), ("learning_rate", ".2e"), ("eval_loss", ".4f")):
+        for key, form in (
+            ("loss", ".4f"), ("grad_norm", ".2f"), ("learning_rate", ".2e"), ("eval_loss", ".4f"),
+            ("objective/score", ".3f"), ("objective/kl", ".2f"),
+        ):  # fmt: skip
             line += f"  {key} {logs[key]:{form}}" if key in logs else ""
         if rate := logs.get("tokens_per_second"):
             left = (self.tokens_until(state.max_steps) - self.tokens_until(state.global_step)) / rate

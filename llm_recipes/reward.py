@@ -203,8 +203,9 @@ def judge(trainer, pairs: Dataset, policy: tuple[str, str], encoder: Encoder, sc
             name, revision = policy
             model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=saved.dtype).to(saved.device)
             model.generation_config.eos_token_id = encoder.stop_id
-            torch.manual_seed(trainer.args.seed)
-            drawn = generate(model, prompts, pad_id, scoring.max_new_tokens, sample=True)
+            random = torch.Generator().manual_seed(trainer.args.seed)
+            uniforms = torch.rand(len(prompts), scoring.max_new_tokens, generator=random)
+            drawn = generate(model, prompts, pad_id, scoring.max_new_tokens, uniforms)
         figures |= statistics(score(saved, [p + d for p, d in zip(prompts, drawn, strict=True)], pad_id, batch_size))
         if (folder / "config.json").is_file():
             config = json.loads((folder / "config.json").read_text())

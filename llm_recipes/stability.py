@@ -164,9 +164,10 @@ class Watch:
             examples, batches = self.windows
             return [examples.window(p) for p in batches.positions(step)[micro]]
         rows = list(input_ids.cpu().numpy())
-        if not isinstance(self.trainer.train_dataset, Dataset):
+        rows_of = self.trainer.train_dataset
+        if not isinstance(rows_of, Dataset) or "input_ids" not in rows_of.column_names:  # a stream, or completions
             return [f"[{' '.join(map(str, row[:8]))} ...]" for row in rows]
-        return find_rows(rows, self.trainer.train_dataset)
+        return find_rows(rows, rows_of)
 
     def figures(self) -> dict[str, int]:
         """What was done in this run, for metrics.json; nothing when there is nothing to say."""

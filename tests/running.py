@@ -17,7 +17,8 @@ from typing import NamedTuple
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-PRETRAIN, SFT, REWARD, DPO = (ROOT / f"recipes/{stage}/run.py" for stage in ("pretrain", "sft", "rlhf/reward", "dpo"))
+STAGES = ("pretrain", "sft", "rlhf/reward", "dpo", "rlhf/ppo")
+PRETRAIN, SFT, REWARD, DPO, PPO = (ROOT / f"recipes/{stage}/run.py" for stage in STAGES)
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(

@@ -14,7 +14,9 @@ from llm_recipes.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimizationConfig,
+    PromptConfig,
     RewardModelConfig,
+    RewardsConfig,
     RunConfig,
     TokenizerConfig,
     TokenizerTrainingConfig,
@@ -24,6 +26,7 @@ from llm_recipes.config import (
     parse,
 )
 from llm_recipes.errors import UserError
+from llm_recipes.ppo import PPOConfig
 from tests.running import ROOT
 
 PARTS = (
@@ -90,6 +93,32 @@ def test_bad_source(tmp_path, entry, message):
     with pytest.raises(UserError, match="datasets") as error:
         parse_text(tmp_path, f"output_dir: out\ndatasets: [{{{entry}}}]\n")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{path: x, weight: much}", "rewards: weight: expects a number, got 'much'"),
+        ("{path: x, wieght: 1}", "rewards: unknown key `wieght`, did you mean `weight`?"),
+        ("{weight: 1}", "rewards: missing 1 key: 'path'"),
+        ("outputs/reward", "rewards: expects keys such as `path: ...`, got 'outputs/reward'"),
+    ],
+)
+def test_bad_reward(tmp_path, entry, message):
+    with pytest.raises(UserError) as error:
+        parse_text(tmp_path, f"{BASE}rewards: [{entry}]\n", parts=(PromptConfig, RewardsConfig, PPOConfig))
+    assert str(error.value).endswith(message) and len(str(error.value).splitlines()) == 1
+
+
+def test_rewards_have_their_weights_with_them(tmp_path):
+    lines = "rewards: [{path: a/b, revision: v1, weight: 2}, {path: builtin:exact_match}]\n"
+    _, found, _ = parse_text(tmp_path, BASE + lines, parts=(PromptConfig, RewardsConfig, PPOConfig))
+    assert [vars(reward) for reward in found.rewards] == [
+        {"path": "a/b", "weight": 2, "revision": "v1"},
+        {"path": "builtin:exact_match", "weight": 1.0, "revision": "main"},
+    ]
+    with pytest.raises(UserError, match="`reward_weights` is not taken: each of `rewards` has a `weight`"):
+        parse_text(tmp_path, f"{BASE}{lines}reward_weights: [1]\n", parts=(PromptConfig, RewardsConfig, PPOConfig))
 
 
 def test_all_problems_at_once(tmp_path):
@@ -185,7 +214,7 @@ def test_accelerate_precision_is_not_overridden_silently(monkeypatch):
     assert config._derive(values) == [] and values["bf16"] is True
 
 
-@pytest.mark.parametrize("cls", [TrainingArguments, trl.SFTConfig])
+@pytest.mark.parametrize("cls", [TrainingArguments, trl.SFTConfig, PPOConfig])
 def test_library_defaults_pass_their_own_types(cls):
     hints = typing.get_type_hints(cls)
     wrong = {}
@@ -206,6 +235,15 @@ PARSED_BY = {
     "recipes/sft": (*CHAT, AnswerConfig, trl.SFTConfig),
     "recipes/rlhf/reward": (*CHAT, RewardModelConfig, trl.RewardConfig),
     "recipes/dpo": (*CHAT, AnswerConfig, trl.DPOConfig),
+    "recipes/rlhf/ppo": (
+        RunConfig,
+        PromptConfig,
+        RewardsConfig,
+        AdapterConfig,
+        trl.ModelConfig,
+        AnswerConfig,
+        PPOConfig,
+    ),
 }
 RECIPE_YAMLS = sorted((ROOT / "recipes").rglob("*.yaml"))
 
@@ -221,7 +259,7 @@ def test_every_yaml_is_known():
     """A YAML added anywhere must be covered by a test; change the counts together with the tree."""
     accelerate = {p.stem for p in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert accelerate == {"cpu", "single_gpu", "ddp", "zero2", "zero3", "fsdp2"}
-    assert len(RECIPE_YAMLS) == 26
+    assert len(RECIPE_YAMLS) == 29
     tracked = [p for p in ROOT.rglob("*.yaml") if not {".venv", "outputs"} & set(p.relative_to(ROOT).parts)]
     assert len(tracked) == len(RECIPE_YAMLS) + len(accelerate)
 

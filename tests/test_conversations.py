@@ -9,7 +9,7 @@ import trl
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from llm_recipes.config import ConversationConfig, Source
+from llm_recipes.config import ConversationConfig, PromptConfig, Source
 from llm_recipes.conversations import (
     TEMPLATE,
     Encoder,
@@ -19,6 +19,7 @@ from llm_recipes.conversations import (
     make_rows,
     to_messages,
     to_preference,
+    to_prompt,
 )
 from llm_recipes.errors import UserError
 from llm_recipes.tokenization import train_tokenizer
@@ -348,12 +349,50 @@ def test_a_margin_is_a_number_and_none_is_zero(tokenizer):
     assert [pair["margin"] for pair in found] == [0, 0, 2] and bad == "have a margin that is no number"
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "answer": "1"},
+        {"prompt": [USER | {"name": "Jane"}]},
+        {"question": "Hi", "prompt": None},
+        {"prompt": "Hi", "question": "No"},
+    ],
+)
+def test_layouts_of_prompts(row):
+    assert to_prompt(row) == [USER]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": " "}, "have no prompt"),
+        ({"prompt": None, "question": None}, "have no prompt"),
+        ({"prompt": []}, "have no prompt"),
+        ({"prompt": [USER, SAID]}, "have no prompt"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "hold something else than text"),
+    ],
+)
+def test_prompts_that_cannot_be_used(row, reason):
+    with pytest.raises(Unusable, match=reason):
+        to_prompt(row)
+
+
+def test_prompts_end_where_the_answer_begins_and_keep_what_rewards_read(tokenizer):
+    row = {"question": "Hi", "answer": "#### 1", "level": 3, "tags": ["a", "b"]}
+    (found,) = encode_rows(Encoder(tokenizer), [row], "prompts", None)
+    assert tokenizer.decode(found["prompt_ids"]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert found == row | {"prompt_ids": found["prompt_ids"], "prompt": [USER]}
+    (short, long) = encode_rows(Encoder(tokenizer), [row, row | {"question": "Hi " * 50}], "prompts", 20)
+    assert short == found and long == "are longer than max_prompt_length 20"
+
+
 # ---- sources -------------------------------------------------------------------------------------
 
 
 class Args:
     seed, world_size, per_device_train_batch_size, gradient_accumulation_steps = 0, 1, 2, 2
     per_device_eval_batch_size, max_length, packing, eval_packing, packing_strategy = 8, 64, False, None, "bfd"
+    rollout_size, num_generations = 24, 2  # of PPO; twelve prompts
 
 
 def write(path, rows):
@@ -445,6 +484,38 @@ def test_packing_keeps_every_token_and_tells_rows_apart(tmp_path, tokenizer):
     assert sum(map(len, packed["input_ids"])) == sum(map(len, alone["input_ids"]))
     assert sorted(n for row in packed["seq_lengths"] for n in row) == sorted(map(len, alone["input_ids"]))
     assert any(line.startswith(f"40 rows packed into {len(packed)} of up to 64 tokens") for line in report)
+
+
+def test_prompts_are_whole_rollouts(tokenizer):
+    """builtin:arithmetic/prompts; held out are whole batches, as everywhere."""
+    sources = [Source("builtin:arithmetic/prompts", split=split, rows=30) for split in ("train", "test")]
+    config = PromptConfig(sources[:1], eval_datasets=sources[1:])
+    train, held_out, report, _ = make_rows(config, Encoder(tokenizer), "prompts", Args())
+    assert (len(train), len(held_out)) == (24, 28) and set(train.column_names) == {"prompt", "prompt_ids", "answer"}
+    assert train[0]["prompt"][0]["role"] == "user" and train[0]["answer"].isdigit()
+    ids = sum(map(len, train["prompt_ids"])) / len(train)
+    assert re.match(r"builtin:arithmetic/prompts: 30 rows, [\d,]+ tokens", report[0])
+    assert int(report[0].split()[3].replace(",", "")) / 30 == pytest.approx(ids, rel=0.2)
+    assert "6 of 30 rows to train on left out, so that all batches are full" in report
+    with pytest.raises(UserError, match="11 rows to train on, fewer than one rollout of 12"):
+        make_rows(PromptConfig([Source(sources[0].path, rows=11)], 0), Encoder(tokenizer), "prompts", Args())
+    config.max_prompt_length = 10
+    with pytest.raises(UserError, match="no row is left to train on: 30 are longer than max_prompt_length 10"):
+        make_rows(config, Encoder(tokenizer), "prompts", Args())
+
+
+def test_columns_of_prompts_keep_their_types(tmp_path, tokenizer, monkeypatch):
+    """Also where the first rows that are encoded together have nothing in them; sources with other columns fill up."""
+    monkeypatch.setattr("llm_recipes.conversations.BATCH", 4)
+    rows = [{"question": f"{i}", "answer": "#### 1", "level": i / 2 if i > 5 else None} for i in range(12)]
+    gsm8k, plain = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", [{"prompt": "Hi"}] * 12)
+    config = PromptConfig([Source(gsm8k), Source(plain)], 0)
+    train, *_ = make_rows(config, Encoder(tokenizer), "prompts", Args())
+    found = {row["question"]: (row["answer"], row["level"]) for row in train}
+    assert found == {None: (None, None)} | {row["question"]: ("#### 1", row["level"]) for row in rows}
+    other = write(tmp_path / "c.jsonl", [{"prompt": "Hi", "answer": 1}] * 12)
+    with pytest.raises(UserError, match=r"the columns of the sources do not fit together: .* the key answer"):
+        make_rows(PromptConfig([Source(gsm8k), Source(other)], 0), Encoder(tokenizer), "prompts", Args())
 
 
 def test_rows_are_encoded_once(tmp_path, tokenizer, monkeypatch):

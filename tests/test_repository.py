@@ -26,7 +26,7 @@ SMALL = {
 
 def test_readme_commands_are_those_tested_here():
     words = {shlex.split(line)[0] for line in COMMANDS}
-    assert words == {"accelerate", "python", "make", "cp"} and len(COMMANDS) == 12
+    assert words == {"accelerate", "python", "make", "cp"} and len(COMMANDS) == 13
 
 
 CHAIN = [command for command in COMMANDS if re.fullmatch(r"python recipes/[\w/]+/run.py", command)]
@@ -36,7 +36,7 @@ def test_the_chain_of_the_readme_runs_without_arguments(tmp_path, monkeypatch):
     """Each stage finds the one before it. Only sizes are changed: two steps on few rows."""
     monkeypatch.chdir(tmp_path)
     os.symlink(ROOT / "recipes", "recipes")
-    views = {"sft": "sft", "rlhf/reward": "preference", "dpo": "preference"}
+    views = {"sft": "sft", "rlhf/reward": "preference", "rlhf/ppo": "prompts", "dpo": "preference"}
     assert [Path(command.split()[1]).parent.as_posix().removeprefix("recipes/") for command in CHAIN] == [
         "pretrain",
         *views,
@@ -64,11 +64,11 @@ def test_the_chain_of_the_readme_runs_without_arguments(tmp_path, monkeypatch):
                 if stage == "rlhf/reward"
                 else {"answers": {"path": "builtin:arithmetic/test", "rows": 4}}
             )
-        small["warmup_steps"] = 0
+        small |= {"warmup_steps": 0} | ({"max_steps": 4} if stage == "rlhf/ppo" else {})
         words = [word for key, value in small.items() for word in (f"--{key}", json.dumps(value))]
         done = run(*words, script=Path(command.split()[1]).absolute())
         assert done.code == 0, done.err
-    assert {p.name for p in Path("outputs").iterdir()} == {"pretrain", "sft", "reward", "dpo"}
+    assert {p.name for p in Path("outputs").iterdir()} == {"pretrain", "sft", "reward", "ppo", "dpo"}
 
 
 @pytest.mark.parametrize(
@@ -123,15 +123,18 @@ def test_recipes_are_templates(path):
 
 def test_imports_go_down_only():
     imports = {}
-    for path in ROOT.glob("llm_recipes/*.py"):
+    for path in ROOT.glob("llm_recipes/**/*.py"):
         names = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llm_recipes"):
-                names |= {node.module.partition(".")[2]} if "." in node.module else {a.name for a in node.names}
+                at = ROOT / node.module.replace(".", "/")
+                inside = {at / f"{alias.name}.py" for alias in node.names}
+                inside = {file if file.is_file() else at / "__init__.py" for file in inside}
+                names |= inside if at.is_dir() else {at.with_suffix(".py")}
             assert not (
                 isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("recipes", "eval", "tests")
             )
-        imports[path.stem] = names
+        imports[path] = names
     order = []
     while len(order) < len(imports):
         ready = [name for name, needs in imports.items() if name not in order and needs <= set(order)]

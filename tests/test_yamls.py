@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from llm_recipes.config import load_yaml
-from tests.running import ROOT, TINY_MODEL, run, write_config, write_texts
+from tests.running import ROOT, STAGES, TINY_MODEL, run, write_config, write_texts
 
 YAMLS = sorted((ROOT / "recipes/pretrain").glob("*.yaml"))
 SMALL = {
@@ -61,7 +61,7 @@ def test_yaml_trains_two_steps(path, stage, tmp_path, monkeypatch):
     assert config["global_batch_size"] == shipped["global_batch_size"] and config["max_steps"] == shipped["max_steps"]
 
 
-POST_TRAINING = sorted(p for stage in ("sft", "rlhf/reward", "dpo") for p in (ROOT / "recipes" / stage).glob("*.yaml"))
+POST_TRAINING = sorted(p for stage in STAGES[1:] for p in (ROOT / "recipes" / stage).glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +78,23 @@ def base(tmp_path_factory):
 
 @pytest.mark.parametrize("path", POST_TRAINING, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_post_training_yaml_trains_two_steps(path, base, tmp_path, monkeypatch):
-    """The kernel and 4 bits need a GPU: off, after the refusal was seen."""
+    """The kernel and 4 bits need a GPU: off, after the refusal was seen. PPO trains one rollout, the answers alone rewarded."""
     monkeypatch.chdir(tmp_path)
     shipped, script = load_yaml(path)[0], path.parent / "run.py"
-    kind = "sft" if path.parent.name == "sft" else "preference"
+    kind = {"sft": "sft", "ppo": "prompts"}.get(path.parent.name, "preference")
     warmup = shipped["warmup_steps"] if shipped["warmup_steps"] >= 1 else 0
     batch = shipped["global_batch_size"]
     swap = {
         "model_name_or_path": base, "datasets": [{"path": f"builtin:arithmetic/{kind}", "rows": batch * (2 + warmup) + 1}],
         "eval_datasets": [{"path": f"builtin:arithmetic/{kind}", "split": "test", "rows": batch}],
-        "max_length": max(shipped["max_length"], 1024),  # byte by byte a problem is longer
         "eval_strategy": "no", "output_dir": "out",
     }  # fmt: skip
+    steps = 2
+    if kind == "prompts":
+        swap |= {"max_prompt_length": 1024, "max_completion_length": 4, "rewards": [{"path": "builtin:exact_match"}]}
+        swap["critic_model_name_or_path"], steps = None, shipped["num_ppo_epochs"] * shipped["num_mini_batches"]
+    else:
+        swap["max_length"] = max(shipped["max_length"], 1024)  # byte by byte a problem is longer
     if shipped.get("load_in_4bit"):
         refused = run("--config", path, *words(swap), script=script)
         assert (
@@ -107,8 +112,8 @@ def test_post_training_yaml_trains_two_steps(path, base, tmp_path, monkeypatch):
         swap["answers"] = shipped["answers"] | {"rows": 2}
     done = run("--config", path, *words(swap), script=script, fault=f"send_signal:2:{signal.SIGTERM.value}")
     assert done.code == 75, done.out + done.err
-    assert json.loads(Path("out/checkpoint-2/trainer_state.json").read_text())["global_step"] == 2
-    assert Path("out/checkpoint-2/adapter_model.safetensors").exists() == shipped.get("use_peft", False)
+    assert json.loads(Path(f"out/checkpoint-{steps}/trainer_state.json").read_text())["global_step"] == steps
+    assert Path(f"out/checkpoint-{steps}/adapter_model.safetensors").exists() == shipped.get("use_peft", False)
 
 
 def words(keys: dict) -> list[str]:

@@ -1,0 +1,163 @@
+"""The critic: the value of the state before each token, from a model with an engine of its own or from the policy's backbone."""
+
+import types
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import PreTrainedModel, Trainer
+
+from llm_recipes.errors import Diverged, UserError
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+PART = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+
+
+def _token_values(self, input_ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Values `(n,)` at the `n` places of `places`, `(B, L)`, in the place of a sequence classifier's forward."""
+    hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return self.score(hidden[places])[:, 0].float()
+
+
+class SeparateCritic:
+    """A sequence classifier with one label. Every strategy that trains the policy trains it too.
+
+    Wrappers (DDP, FSDP2, DeepSpeed) act around `forward`, so that is what gives the values. An adapter's layers are in the
+    model itself, and its PeftModel is needed for saving alone.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel):
+        self.saved, self.adapted = model, isinstance(model, PeftModel)
+        self.model = model.get_base_model() if self.adapted else model
+        self.model.forward = types.MethodType(_token_values, self.model)
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Builds engine and optimizer. The policy must have its own: accelerate takes the first for the one to clip."""
+        self.accelerator, self.args = trainer.accelerator, trainer.args
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
+        optimizer = kind([p for p in self.model.parameters() if p.requires_grad], **options)
+        policy = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
+        if policy is not None:
+            self.accelerator.deepspeed_engine_wrapped = None
+        self.engine, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.deepspeed = None
+        if policy is not None:
+            self.deepspeed = self.accelerator.deepspeed_engine_wrapped
+            self.accelerator.deepspeed_engine_wrapped = policy
+
+    def values(self, input_ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.engine(input_ids=input_ids, places=places)
+
+    def step(self, loss: torch.Tensor, last: bool, learning_rate: float) -> float | None:
+        """Adds the gradient of one micro-batch; with the `last` one of a step, updates. Returns the gradient norm then."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.deepspeed is not None:
+            self.deepspeed.backward(loss, sync_gradients=last, scale_wrt_gas=False)
+            return checked(self.deepspeed.get_global_grad_norm()) if last else None
+        if not last:
+            with self.accelerator.no_sync(self.engine):
+                loss.backward()
+            return None
+        loss.backward()
+        limit = self.args.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = checked((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def save(self, folder: Path) -> None:
+        """A model that `AutoModelForSequenceClassification` loads, or an adapter, and the optimizer; every rank takes part."""
+        weights = self.accelerator.get_state_dict(self.engine)
+        state = {}
+        if self.deepspeed is not None:
+            self.engine.save_checkpoint(folder / "deepspeed")
+        else:
+            state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)
+            if self.adapted:  # peft stores its weights under other names
+                state["adapter"] = get_model_state_dict(self.model, options=TRAINED)
+        if self.args.process_index == 0:
+            if self.adapted:
+                self.saved.save_pretrained(
+                    folder, state_dict={f"base_model.model.{name}": value for name, value in weights.items()}
+                )
+            else:
+                self.saved.save_pretrained(folder, state_dict=weights, save_original_format=False)  # names to load by
+            torch.save(state, folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        if self.deepspeed is not None:
+            self.engine.load_checkpoint(folder / "deepspeed", load_module_strict=not self.adapted)
+            return
+        state = torch.load(folder / "optimizer.pt", weights_only=True)
+        weights = state.get("adapter")
+        if weights is None:
+            weights = {
+                name: value for path in folder.glob("model*.safetensors") for name, value in load_file(path).items()
+            }
+        found = set_model_state_dict(self.model, weights, options=PART if self.adapted else WHOLE)
+        if found.unexpected_keys:
+            raise UserError(f"{folder} holds another critic: it has {found.unexpected_keys[0]}")
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state["optimizer"], options=WHOLE)
+
+
+class SharedCritic:
+    """One linear layer on the policy's last hidden states, which its loss moves too.
+
+    The layer stays outside the policy, whole on every process, so that no strategy, save or push has to know of it.
+    """
+
+    def __init__(self, hidden_size: int, device: torch.device):
+        self.head = torch.nn.Linear(hidden_size, 1, device=device)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def prepare(self, trainer: Trainer) -> None:
+        self.accelerator, self.args = trainer.accelerator, trainer.args
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
+        self.optimizer = kind(self.head.parameters(), **options)
+
+    def values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Values `(n,)` of hidden states `(n, H)`."""
+        return self.head(hidden.float())[:, 0]
+
+    def step(self, learning_rate: float) -> float:
+        """Updates the layer with the gradients that the policy's backward left in it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        for parameter in self.head.parameters():
+            parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.args.max_grad_norm or float("inf"))
+        norm = checked(norm.item())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def save(self, folder: Path) -> None:
+        if self.args.process_index == 0:
+            save_file(self.head.state_dict(), folder / "value_head.safetensors")
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        self.head.load_state_dict(load_file(folder / "value_head.safetensors"))
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+
+
+def checked(norm: float) -> float:
+    """The critic's gradient norm. Raises Diverged before the update when it is not finite; DeepSpeed says -1 for that."""
+    if not 0 <= norm < float("inf"):
+        raise Diverged(
+            "the gradient norm of the critic is not finite; stopped before its update. Look at critic/loss and the scores"
+        )
+    return norm
