@@ -1,9 +1,9 @@
-"""What each stage adds on `builtin:arithmetic`: exact match of the base, SFT and DPO models, accuracy of the reward model.
+"""What each stage adds on `builtin:arithmetic`: exact match of the base, SFT, DPO and PPO models, accuracy of the reward model.
 
     python benchmarks/post_training.py [--model outputs/pretrain] [--seeds 0 1 2] [--folder outputs/post_training]
 
-One pretrained model, then SFT, reward model and DPO for each seed, every recipe with its config.yaml and nothing
-changed but seed and folders. Questions: the test view, greedy answers, GSM8K's extraction. The base model gets as many
+One pretrained model, then SFT, reward model, DPO and PPO for each seed, every recipe with its config.yaml and nothing
+changed but seed and folders. `hacked` is PPO on the reward model alone, without KL: its score rises, exact match does not. Questions: the test view, greedy answers, GSM8K's extraction. The base model gets as many
 solved training problems before its question as its context holds; `flexible` takes its last number instead.
 Finished runs are not run again.
 """
@@ -77,6 +77,12 @@ def recipe(stage: str, folder: Path, model: str, seed: int, *options) -> dict:
     return metrics | {"wall": time.perf_counter() - began}
 
 
+def logs(folder: Path) -> list[dict]:
+    """What the run in `folder` has logged."""
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    return json.loads((newest / "trainer_state.json").read_text())["log_history"]
+
+
 base = few_shot(args.model)
 print(
     f"base, {base['shots']:.1f} shots: exact match {base['exact_match']:.3f}, flexible {base['flexible']:.3f}",
@@ -89,9 +95,34 @@ for seed in args.seeds:
     sft = recipe("sft", folder / "sft", args.model, seed, "--answers", questions)
     reward = recipe("rlhf/reward", folder / "reward", str(folder / "sft"), seed)
     dpo = recipe("dpo", folder / "dpo", str(folder / "sft"), seed, "--answers", questions)
+    scorer, match = {"path": str(folder / "reward")}, {"path": "builtin:exact_match"}
+    ppo, hacked = (
+        recipe(
+            "rlhf/ppo",
+            folder / name,
+            str(folder / "sft"),
+            seed,
+            "--answers",
+            questions,
+            "--rewards",
+            json.dumps(rewards),
+            *more,
+        )
+        for name, rewards, more in (
+            ("ppo", [scorer, match], []),
+            ("hacked", [scorer, match | {"weight": 0.0}], ["--kl_coef", 0]),
+        )
+    )
     row = {"sft": sft["exact_match"], "reward accuracy": reward["accuracy"], "dpo": dpo["exact_match"]}
-    row |= {"dpo - sft": row["dpo"] - row["sft"], "sft - base": row["sft"] - base["exact_match"]}
-    rows.append(row | {f"{name} s": run["wall"] for name, run in (("sft", sft), ("reward", reward), ("dpo", dpo))})
+    row |= {"ppo": ppo["exact_match"], "hacked": hacked["exact_match"]}
+    row |= {f"{name} - sft": row[name] - row["sft"] for name in ("dpo", "ppo", "hacked")}
+    row |= {"sft - base": row["sft"] - base["exact_match"], "ppo KL": ppo["objective/kl"]}
+    for name in ("ppo", "hacked"):
+        history = [log for log in logs(folder / name) if "rewards/reward/mean" in log]
+        for what, key in (("reward model", "rewards/reward/mean"), ("exact match", "rewards/exact_match/mean")):
+            row |= {f"{name}, {what}, first": history[0][key], f"{name}, {what}, last": history[-1][key]}
+    stages = (("sft", sft), ("reward", reward), ("dpo", dpo), ("ppo", ppo))
+    rows.append(row | {f"{name} s": run["wall"] for name, run in stages})
     print(f"seed {seed}: " + ", ".join(f"{key} {value:.3f}" for key, value in rows[-1].items()), flush=True)
 for key in rows[0]:
     values = [row[key] for row in rows]

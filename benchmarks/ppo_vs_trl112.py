@@ -254,26 +254,24 @@ def main(args) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.output.read_text()) if args.output.is_file() else {}  # other rows stay
     packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "peft", "trl")}
-    machine = {"packages": packages, "python": platform.python_version(), "system": platform.platform()}
+    machine = {"packages": packages, "threads": args.threads, "cpus": os.cpu_count(), "system": platform.platform()}
     rounds, rollouts = (args.seeds, 25) if args.quality else (args.rounds, args.rollouts + 1)
     for name in ["toy"] if args.quality else args.rows:
-        results[name] = {"shape": (ROWS | {"toy": TOY})[name], "threads": args.threads, "machine": machine, "runs": []}
-        for turn in range(rounds):
-            seed = turn + 1
+        row = TOY if args.quality else ROWS[name]
+        results[name] = {"shape": row, "runs": (runs := [])} | machine
+        for seed in range(1, rounds + 1):
             with tempfile.TemporaryDirectory() as folder:
                 start("models", name, seed, Path(folder), rollouts, args)
-                sides = results[name]["shape"]["sides"]
-                for side in sides[:: -1 if turn % 2 else 1]:  # forth and back, so that no side is always the last
-                    run = start(side, name, seed, Path(folder), rollouts, args)
-                    results[name]["runs"].append(run)
+                for side in row["sides"][:: 1 if seed % 2 else -1]:  # no side is always the last
+                    runs.append(run := start(side, name, seed, Path(folder), rollouts, args))
                     args.output.write_text(json.dumps(results) + "\n")
                     quality = f", reward {run['reward']:.3f}, KL {run['kl']:.2f}" if args.quality else ""
-                    print(f"{name} {turn}: {side} {spread(run['wall'])} s{quality}", file=sys.stderr, flush=True)
+                    print(f"{name} {seed}: {side} {spread(run['wall'])} s{quality}", file=sys.stderr, flush=True)
         if not args.quality:
-            print(table(name, results[name]["runs"]), flush=True)
+            print(table(name, runs), flush=True)
     for side in TOY["sides"] if args.quality else ():
-        runs = [run for run in results["toy"]["runs"] if run["side"] == side]
-        print(f"toy {side:<12} reward {spread([r['reward'] for r in runs], 3)}, KL {spread([r['kl'] for r in runs])}")
+        mine = [run for run in runs if run["side"] == side]
+        print(f"toy {side:<12} reward {spread([r['reward'] for r in mine], 3)}, KL {spread([r['kl'] for r in mine])}")
 
 
 if __name__ == "__main__":

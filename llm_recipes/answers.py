@@ -40,8 +40,10 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         cumulated = (scores.float() / self.temperature).softmax(-1).cumsum(-1)
-        wanted = self.uniforms[:, input_ids.shape[1] - self.width, None] * cumulated[:, -1:]
-        token = torch.searchsorted(cumulated, wanted, right=True).clamp(max=scores.shape[1] - 1)
+        whole = cumulated[:, -1:]
+        wanted = self.uniforms[:, input_ids.shape[1] - self.width, None] * whole
+        below = torch.nextafter(whole, torch.zeros_like(whole))  # rounded up, it would pass no token
+        token = torch.searchsorted(cumulated, wanted.minimum(below), right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 

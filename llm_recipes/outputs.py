@@ -174,13 +174,19 @@ def _set_beside(folder: Path) -> None:
 def write_results(
     output_dir: str, record: dict, metrics: dict, sentence: str, samples: list[str] = (), history: list[dict] = ()
 ) -> None:
-    """Model card README.md with the loss curve of `history`, and metrics.json last: it marks the run as finished.
+    """Model card README.md with the loss curve of `history`, for PPO that of reward against KL, and metrics.json last: it
+    marks the run as finished.
 
     Prints the samples, the metrics and where everything is.
     """
     folder, sources = Path(output_dir), [source["path"] for source in record["config"]["datasets"]]
+    plots = []
     if history:
         _loss_curve(history, folder / "loss.png")
+        plots.append("![loss](loss.png)")
+    if steps := [row for row in history if "objective/kl" in row]:
+        _reward_and_kl(steps, folder / "reward_kl.png")
+        plots.append("![reward against KL](reward_kl.png)")
     front = ModelCardData(
         library_name="transformers", pipeline_tag=_task(folder) if history else None, tags=["llm-recipes"],
         datasets=[path for path in sources if path.count("/") == 1 and not Path(path).exists()] or None,
@@ -190,7 +196,7 @@ def write_results(
         for key, value in metrics.items()
     }
     body = [f"# {folder.resolve().name}", sentence, "Settings, versions and data fingerprints: `run.yaml`."]
-    body += ["![loss](loss.png)"] if history else []
+    body += plots
     body += [
         "\n".join(["| metric | value |", "| --- | ---: |", *(f"| {key} | {value} |" for key, value in shown.items())])
     ]
@@ -232,6 +238,19 @@ def _loss_curve(history: list[dict], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), marker="o" if key == "eval_loss" else None, label=label)
     axes.set(xlabel="step", ylabel="loss")
     axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _reward_and_kl(steps: list[dict], path: Path) -> None:
+    """What the reward costs in distance from the reference, step by step (Gao et al. 2022)."""
+    from matplotlib.figure import Figure  # only here: it is slow to import
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    kl, score, at = ([row[key] for row in steps] for key in ("objective/kl", "objective/score", "step"))
+    axes.plot(kl, score, color="lightgrey", zorder=1)
+    figure.colorbar(axes.scatter(kl, score, c=at, zorder=2), label="step")
+    axes.set(xlabel="KL to the reference, nats a completion", ylabel="score")
     figure.savefig(path, dpi=120)
 
 

@@ -1,12 +1,27 @@
 """The PPO recipe: what it says before it starts, what it leaves behind, and which input it refuses. The trainer has tests of its own."""
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
-from tests.running import PPO, REWARD, ROOT, metrics, post_training_stage, run, write_rows
+from llm_recipes.checkpoints import checkpoints
+from tests.running import (
+    PPO,
+    REWARD,
+    ROOT,
+    check_same_training,
+    history,
+    launch,
+    metrics,
+    post_training_stage,
+    run,
+    write_rows,
+)
 
 PROMPTS, ANSWERS = ({"path": f"builtin:arithmetic/{view}", "rows": 16} for view in ("prompts", "test"))
 REWARDS = [{"path": "./scorer", "weight": 0.5}, {"path": "builtin:exact_match"}]
@@ -32,8 +47,8 @@ def stage(tmp_path_factory):
         yield folder
 
 
-def ppo(out, *argv):
-    return run("--config", "ppo.yaml", "--output_dir", out, *argv, script=PPO)
+def ppo(out, *argv, **options):
+    return run("--config", "ppo.yaml", "--output_dir", out, *argv, script=PPO, **options)
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +130,91 @@ def test_the_stage_before_is_named(stage):
     done = run(script=PPO)
     said = "model_name_or_path: outputs/sft does not exist: run recipes/sft/run.py first\n"
     assert (done.code, done.err) == (2, said) and not Path("outputs").exists()
+
+
+# ---- the same on any number of processes -----------------------------------------------------------
+
+FIGURES = ("loss", "grad_norm", "critic/loss", "critic/grad_norm", "objective/kl", "objective/score")
+HELD_OUT = ("eval_objective/score", "eval_objective/kl", "objective/score", "objective/kl")
+ROLLOUTS = [  # two of 16 completions; an odd number of held-out prompts
+    "--num_mini_batches", "2", "--num_ppo_epochs", "2", "--save_steps", "4", "--per_device_eval_batch_size", "4",
+    "--eval_datasets", json.dumps([PROMPTS | {"split": "test", "rows": 15}]),
+]  # fmt: skip
+LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "[all-linear]"]
+
+
+def curves(out):
+    """FIGURES of all eight steps; those of a rollout are logged with its first step."""
+    rows = history(out)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert all((name in row) == (row["step"] in (1, 5)) for row in rows for name in FIGURES[4:])
+    return [[row.get(name, 0.0) for name in FIGURES] for row in rows]
+
+
+def check_same_figures(first, second):
+    """Of every step, within 2e-5."""
+    pairs = zip(curves(first), curves(second), strict=True)
+    apart = [abs(a - b) for one, two in pairs for a, b in zip(one, two, strict=True)]
+    assert max(apart) < 2e-5, (curves(first), curves(second))
+
+
+@pytest.fixture(scope="module")
+def alone(stage):
+    """Two rollouts on one process."""
+    done = ppo("alone", *ROLLOUTS)
+    assert done.code == 0, done.err
+    first = history("alone")[0]
+    assert first["policy/ratio_max_dev"] == 0.0 and first["objective/kl"] == 0.0 and first["grad_norm"] > 1e-2
+    assert history("alone")[4]["objective/kl"] > 1e-3 and curves("alone")[0] != curves("alone")[2]
+    return "alone"
+
+
+def two(config, out, *argv, **options):
+    given = ["--config", "ppo.yaml", "--output_dir", out, *ROLLOUTS, "--per_device_train_batch_size", "2", *argv]
+    done = launch(config, *given, script=PPO, **options)
+    assert done.code == 0, done.err[-3000:]
+    return done
+
+
+def test_sigterm_waits_for_the_end_of_the_rollout_and_resumes_to_the_bit(alone):
+    """In the second of the four steps on the first rollout."""
+    assert ppo("parts", *ROLLOUTS, fault=f"send_signal:2:{signal.SIGTERM.value}").code == 75
+    assert [path.name for path in checkpoints("parts")] == ["checkpoint-4"]
+    done = ppo("parts", *ROLLOUTS)
+    assert done.code == 0, done.err
+    assert curves("parts") == curves(alone)
+    for name in ("model.safetensors", "checkpoint-8/critic/model.safetensors", "checkpoint-8/ppo_state.json"):
+        assert Path("parts", name).read_bytes() == Path(alone, name).read_bytes()
+
+
+@pytest.mark.parametrize(("config", "shards"), [("ddp", "DDP"), ("zero3", "ZeRO-3"), ("fsdp2", "FSDP2")])
+def test_two_processes_learn_what_one_learns(alone, config, shards):
+    """And, where the models are in shards, go on after the first rollout as if there had been no stop."""
+    fault = "fsdp_on_cpu" if config == "fsdp2" else ""
+    done = two(config, config, fault=fault)
+    assert f"{shards}, 2 processes, cpu, fp32" in done.out
+    assert "8 rows = 2 processes x 2 x 2 accumulation" in done.out
+    check_same_training(alone, config, *HELD_OUT)
+    check_same_figures(alone, config)
+    if config == "ddp":
+        return
+    assert history(config)[0]["policy/ratio_max_dev"] == 0.0
+    before, whole = curves(config), load_file(f"{config}/model.safetensors")
+    shutil.rmtree(f"{config}/checkpoint-8")
+    for name in ("metrics.json", "model.safetensors"):  # else the run is finished
+        Path(config, name).unlink()
+    two(config, config, fault=fault)
+    assert curves(config) == before
+    again = load_file(f"{config}/model.safetensors")
+    assert again.keys() == whole.keys() and all((again[name] == whole[name]).all() for name in whole)
+
+
+def test_adapters_with_checkpointing_in_shards(stage):
+    """LoRA on policy and critic, gradient checkpointing, ZeRO-3: what one process learns without the last two."""
+    done = ppo("lora", *ROLLOUTS, *LORA)
+    assert done.code == 0, done.err
+    two("zero3", "lora_zero3", *LORA, "--activation_checkpointing", "true")
+    check_same_figures("lora", "lora_zero3")
+    assert history("lora_zero3")[0]["policy/ratio_max_dev"] == 0.0
+    one, other = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("lora", "lora_zero3"))
+    assert one.keys() == other.keys() and max((one[name] - other[name]).abs().max() for name in one) < 1e-4

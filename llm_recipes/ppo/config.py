@@ -54,7 +54,10 @@ class PPOConfig(RLOOConfig):
     critic_warmup_rollouts: int = field(
         default=0, metadata={"help": "Rollouts on which a separate critic alone is trained."}
     )
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss in a shared model."})
+    vf_coef: float = field(
+        default=0.1,
+        metadata={"help": "Weight, with a shared critic, of the value loss over the variance of the returns."},
+    )
     whiten_advantages: bool = field(default=True, metadata={"help": "Mean 0 and variance 1 over each rollout."})
     whiten_rewards: bool = field(default=False, metadata={"help": "Variance 1 of the token rewards of a rollout."})
     score_clip: float | None = field(default=None, metadata={"help": "Scores are clipped to +- this."})

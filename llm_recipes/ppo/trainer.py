@@ -246,7 +246,7 @@ class PPOTrainer(RolloutTrainer):
             logits, hidden = head.logits(model, part.input_ids, part.places)
         logits = logits.float() / self.args.temperature if self.args.temperature != 1 else logits.float()
         logprobs = -torch.nn.functional.cross_entropy(logits, part.targets, reduction="none")
-        entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy() if statistics else None
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1) if statistics else None
         return logprobs, hidden, entropy
 
     def plan(self, rollout: Rollout, number: int, epoch: int) -> list[list[torch.Tensor]]:
@@ -275,8 +275,8 @@ class PPOTrainer(RolloutTrainer):
         return [self.accelerator.reduce(result, "sum") for result in results]
 
     @torch.no_grad()
-    def collect(self, rows: list[dict], keys: list[tuple[int, ...]], number: int | None = None) -> Rollout:
-        """Draws, scores and gathers a rollout, the `number`-th to train on: every process returns the same, of all rows."""
+    def collect(self, rows: list[dict], keys: list[tuple[int, ...]], number: int | None = None):
+        """(rollout, prompts, completions), the `number`-th to train on: the rollout is of all processes, the texts of this one."""
         accelerator, device, began = self.accelerator, self.accelerator.device, time.perf_counter()
         prompts, completions, texts = self.draw(rows, keys)
         drawn = time.perf_counter()
@@ -306,8 +306,7 @@ class PPOTrainer(RolloutTrainer):
         self.metric("time/generate", drawn - began)
         self.metric("time/reward", scored - drawn)
         self.metric("time/forward", time.perf_counter() - scored)
-        self.texts = said, texts
-        return rollout
+        return rollout, said, texts
 
     def judge(self, rollout: Rollout, batches: list[torch.Tensor], training: bool) -> None:
         """Adds log-probs under policy and reference, entropies, and values, `(N, C)`, before the update."""
@@ -336,7 +335,7 @@ class PPOTrainer(RolloutTrainer):
     def objective(self, rollout: Rollout) -> None:
         """Adds the scores that count and the KL, and logs the figures of a rollout, of all processes."""
         args, mask = self.args, rollout.mask
-        scores = rollout.scores
+        scores = given = rollout.scores
         if args.missing_eos_penalty is not None:
             scores = scores - args.missing_eos_penalty * (1 - rollout.ended)
         if args.score_clip is not None:
@@ -352,15 +351,15 @@ class PPOTrainer(RolloutTrainer):
             "objective/kl": total, "objective/kl_per_token": math.masked_mean(kl, mask), "objective/score": score,
             "objective/non_score_reward": -self.kl_coef * total, "objective/rlhf_reward": score - self.kl_coef * total,
             "objective/entropy": torch.where(mask, -rollout.old_logprobs, 0).sum(1).mean(), "objective/kl_coef": self.kl_coef,
-            "policy/entropy": math.masked_mean(rollout.entropies, mask), "reward": rollout.scores[rollout.scored].mean(),
+            "policy/entropy": math.masked_mean(rollout.entropies, mask), "reward": given[rollout.scored].mean(),
             "completions/mean_length": lengths.mean(), "completions/min_length": lengths.min(),
             "completions/max_length": lengths.max(), "completions/clipped_ratio": 1 - rollout.ended.float().mean(),
             "padding_fraction": 1 - (rollout.prompt_lengths + rollout.lengths).sum() / rollout.input_ids.numel(),
         }  # fmt: skip
         for name, column in zip(self.reward_func_names, rollout.rewards.T, strict=True):
-            given = column[~column.isnan()]
-            if len(given):
-                figures |= {f"rewards/{name}/mean": given.mean(), f"rewards/{name}/std": given.std(correction=0)}
+            found = column[~column.isnan()]
+            if len(found):
+                figures |= {f"rewards/{name}/mean": found.mean(), f"rewards/{name}/std": found.std(correction=0)}
         if not rollout.scored.all():
             figures["completions/unscored"] = (~rollout.scored).float().mean()
         for name, value in figures.items():
@@ -370,7 +369,7 @@ class PPOTrainer(RolloutTrainer):
         """Rollout `number` with advantages and returns."""
         args, size = self.args, self.args.rollout_size // self.args.world_size
         keys = [(101, number, args.process_index * size + i) for i in range(size)]
-        rollout = self.collect(self.prompts_of(number), keys, number)
+        rollout, *self.texts = self.collect(self.prompts_of(number), keys, number)
         self.objective(rollout)
         self.state.num_input_tokens_seen += int((rollout.prompt_lengths + rollout.lengths).sum())
         mask = rollout.mask & rollout.scored[:, None]  # without any score there is nothing to learn from
@@ -383,6 +382,8 @@ class PPOTrainer(RolloutTrainer):
             ("critic/explained_variance", math.explained_variance(rollout.values, returns, mask)),
         ):  # fmt: skip
             self.metric(name, float(value))
+        spread = torch.where(mask, (returns - math.masked_mean(returns, mask)) ** 2, 0).sum() / mask.sum().clamp(min=1)
+        self.vf_coef = args.vf_coef / spread.clamp(min=1e-8)  # whitened advantages have no scale, so returns must not
         if args.whiten_advantages:
             advantages = math.whiten(advantages, mask)
         rollout.columns |= {"advantages": advantages, "returns": returns, "counted": mask}
@@ -432,7 +433,7 @@ class PPOTrainer(RolloutTrainer):
             loss = loss * 0
         self.current = inputs
         if self.shared:
-            loss = loss + args.vf_coef * self.value_loss(self.critic.values(hidden))
+            loss = loss + self.vf_coef * self.value_loss(self.critic.values(hidden))
         return loss
 
     def value_loss(self, values: torch.Tensor) -> torch.Tensor:
@@ -486,7 +487,21 @@ class PPOTrainer(RolloutTrainer):
             key = zlib.crc32(json.dumps(row.get("prompt_ids") or row["prompt"]).encode())
             self.evaluated[key] = self.evaluated.get(key, -1) + 1  # another draw for the same prompt
             keys.append((103, key, self.evaluated[key]))
-        self.objective(self.collect(rows, keys))
+        self.objective(self.collect(rows, keys)[0])
+
+    def samples(self, count: int = 3) -> list[str]:
+        """Completions of the last rollout, this process's first ones, each with its rewards."""
+        if self.rollout is None:
+            return []
+        first, found = self.args.process_index * len(self.texts[0]), []
+        for i, (prompt, text) in enumerate(zip(*self.texts, strict=True)):
+            if i == count:
+                break
+            asked, said = (part if isinstance(part, str) else part[-1]["content"] for part in (prompt, text))
+            rewards = zip(self.reward_func_names, self.rollout.rewards[first + i].tolist(), strict=True)
+            each = ", ".join(f"{name} {value:.3g}" for name, value in rewards)
+            found.append(f"{asked}\n---- completion: score {self.rollout.scores[first + i]:.3g} ({each})\n{said}")
+        return found
 
     # State beside the Trainer's
 

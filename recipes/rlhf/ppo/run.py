@@ -88,10 +88,10 @@ def main():
     history = trainer.state.log_history
     results = {key: value for row in history for key, value in row.items() if key.startswith("objective/")}
     results |= post_training.measure(trainer, train, throughput, started)
-    samples = []
+    samples = trainer.samples()
     if questions is not None:
-        figures, samples = exact_match(trainer.model, encoder, questions, answers.max_new_tokens)
-        results |= figures
+        figures, answered = exact_match(trainer.model, encoder, questions, answers.max_new_tokens)
+        results, samples = results | figures, samples + answered
     if args.process_index == 0:
         sentence = (
             f"{model_config.model_name_or_path} after PPO on {len(train):,} prompts, rewarded by {'; '.join(scoring)}."
