@@ -38,9 +38,8 @@ ROWS = {
     "prompts": {"vocab": 512, "hidden": 128, "layers": 4, "prompts": (8, 128), "length": 32, "sides": FULL},
     "lora": {"vocab": 8192, "hidden": 128, "layers": 4, "prompts": (48, 48), "length": 64, "sides": ADAPTER, "rank": 8},
 }
-# Returns of the toy vary by 0.1, so a value loss weighed by the default 0.1 would not move a shared backbone.
 TOY = {"vocab": 128, "hidden": 64, "layers": 2, "prompts": (8, 8), "length": 16, "sides": FULL,
-       "batch": 16, "learning_rate": 1e-3, "kl_coef": 0.02, "vf_coef": 10.0, "good": 32}  # fmt: skip
+       "batch": 16, "learning_rate": 1e-3, "kl_coef": 0.02, "good": 32}  # fmt: skip
 
 
 def save_models(row: dict, seed: int, rollouts: int, folder: Path) -> None:
@@ -103,7 +102,7 @@ def build(side: str, row: dict, seed: int, rollouts: int, folder: Path, prompts:
         "gradient_accumulation_steps": ACCUMULATION, "num_mini_batches": 1, "num_ppo_epochs": EPOCHS, "seed": seed,
         "temperature": 1.0, "kl_coef": row.get("kl_coef", 0.05), "learning_rate": row.get("learning_rate", 3e-6),
         "lr_scheduler_type": "constant", "adam_epsilon": 1e-5, "bf16": False, "gradient_checkpointing": False,
-        "vf_coef": row.get("vf_coef", 0.1), "use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
     if side == "trl112":
         from trl.experimental.ppo import PPOConfig, PPOTrainer
