@@ -103,6 +103,7 @@ def build(side: str, row: dict, seed: int, rollouts: int, folder: Path, prompts:
         "temperature": 1.0, "kl_coef": row.get("kl_coef", 0.05), "learning_rate": row.get("learning_rate", 3e-6),
         "lr_scheduler_type": "constant", "adam_epsilon": 1e-5, "bf16": False, "gradient_checkpointing": False,
         "use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "per_device_eval_batch_size": batch * ACCUMULATION,
     }  # fmt: skip
     if side == "trl112":
         from trl.experimental.ppo import PPOConfig, PPOTrainer
