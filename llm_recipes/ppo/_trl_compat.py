@@ -11,9 +11,15 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from trl import RLOOConfig, RLOOTrainer
 from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.utils import get_config_model_id, identity, use_adapter
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id, identity, use_adapter
 
-__all__ = ["RolloutTrainer", "check_training_arguments", "get_config_model_id", "use_adapter"]
+__all__ = [
+    "RolloutTrainer",
+    "check_training_arguments",
+    "disable_dropout_in_model",
+    "get_config_model_id",
+    "use_adapter",
+]
 
 
 def check_training_arguments(args: RLOOConfig) -> None:
@@ -65,9 +71,9 @@ class RolloutTrainer(RLOOTrainer):
 
     # What the rollout needs
 
-    def metric(self, name: str, value: float) -> None:
-        """Notes a figure, averaged between two logs."""
-        self._metrics["train" if self.model.training else "eval"][name].append(value)
+    def metric(self, name: str, value: float, rows: int = 1) -> None:
+        """Notes a figure of so many `rows`, averaged over them between two logs."""
+        self._metrics["train" if self.model.training else "eval"][name] += [value] * rows
 
     def rewards(self, rows, prompts, completions, completion_ids) -> torch.Tensor:
         """`(N, functions)` for the rows of all processes; NaN where a function has no opinion."""

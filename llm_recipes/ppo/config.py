@@ -121,14 +121,16 @@ class PPOConfig(RLOOConfig):
                 f"wrong: only {', '.join(sorted(HARMLESS))} are taken"
             )
         size, every = self.generation_batch_size, self.steps_per_rollout
-        if size % self.num_generations:
-            problems.append(f"num_generations {self.num_generations} does not divide a rollout of {size} completions")
+        if self.num_generations and (own := size // self.world_size) % self.num_generations:
+            problems.append(
+                f"num_generations {self.num_generations} does not divide the {own} completions of a process"
+            )
         aligned = ["max_steps"] if self.max_steps > 0 else []
         if self.load_best_model_at_end or self.save_strategy == "best":
             aligned += ["eval_steps"] if self.eval_strategy == "steps" else []
             aligned += ["save_steps"] if self.save_strategy == "steps" else []
         for key in aligned:
-            if (steps := getattr(self, key)) and steps % every:
+            if every and (steps := getattr(self, key)) and steps % every:
                 near = max(round(steps / every), 1) * int(every)
                 problems.append(f"{key} {steps} is not a multiple of the {every} steps of a rollout: use {near:g}")
         if problems:

@@ -44,7 +44,7 @@ class SeparateCritic:
         """Builds engine and optimizer. The policy must have its own: accelerate takes the first for the one to clip."""
         self.accelerator, self.args = trainer.accelerator, trainer.args
         kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
-        optimizer = kind([p for p in self.model.parameters() if p.requires_grad], **options)
+        optimizer = kind(_groups(self.model, trainer), **options)
         policy = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
         if policy is not None:
             self.accelerator.deepspeed_engine_wrapped = None
@@ -89,8 +89,9 @@ class SeparateCritic:
                 state["adapter"] = get_model_state_dict(self.model, options=TRAINED)
         if self.args.process_index == 0:
             if self.adapted:
-                self.saved.save_pretrained(
-                    folder, state_dict={f"base_model.model.{name}": value for name, value in weights.items()}
+                self.saved.save_pretrained(  # in critic/ itself the Trainer would load it onto the policy
+                    folder / "adapter",
+                    state_dict={f"base_model.model.{name}": value for name, value in weights.items()},
                 )
             else:
                 self.saved.save_pretrained(folder, state_dict=weights, save_original_format=False)  # names to load by
@@ -126,7 +127,7 @@ class SharedCritic:
     def prepare(self, trainer: Trainer) -> None:
         self.accelerator, self.args = trainer.accelerator, trainer.args
         kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
-        self.optimizer = kind(self.head.parameters(), **options)
+        self.optimizer = kind(_groups(self.head, trainer), **options)
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
         """Values `(n,)` of hidden states `(n, H)`."""
@@ -152,6 +153,18 @@ class SharedCritic:
     def load(self, folder: Path) -> None:
         self.head.load_state_dict(load_file(folder / "value_head.safetensors"))
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+
+
+def _groups(model: torch.nn.Module, trainer: Trainer) -> list[dict]:
+    """Trained weights with the Trainer's weight decay: none on norms and biases."""
+    decayed = set(trainer.get_decay_parameter_names(model))
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name in decayed].append(parameter)
+    return [
+        {"params": group, "weight_decay": trainer.args.weight_decay * yes} for yes, group in groups.items() if group
+    ]
 
 
 def checked(norm: float) -> float:

@@ -97,4 +97,5 @@ def adapted(coefficient: float, kl: float, target: float, horizon: float, episod
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """1 - Var(returns - values) / Var(returns), over the mask; NaN where the returns do not vary."""
     errors, returns = (returns - values)[mask], returns[mask]
-    return 1 - errors.var(correction=0) / returns.var(correction=0)
+    variance = returns.var(correction=0)
+    return torch.where(variance > 0, 1 - errors.var(correction=0) / variance, torch.nan)

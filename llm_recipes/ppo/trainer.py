@@ -15,7 +15,6 @@ import trl
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import PreTrainedModel, TrainerCallback
-from trl.trainer.utils import disable_dropout_in_model
 
 from llm_recipes.answers import generate
 from llm_recipes.batches import Examples
@@ -23,7 +22,7 @@ from llm_recipes.config import Reward
 from llm_recipes.errors import UserError
 from llm_recipes.models import load_trained, trained_config
 from llm_recipes.ppo import math
-from llm_recipes.ppo._trl_compat import RolloutTrainer, get_config_model_id, use_adapter
+from llm_recipes.ppo._trl_compat import RolloutTrainer, disable_dropout_in_model, get_config_model_id, use_adapter
 from llm_recipes.ppo.config import PPOConfig
 from llm_recipes.ppo.critic import SeparateCritic, SharedCritic
 from llm_recipes.ppo.reward_scoring import RewardModel
@@ -166,6 +165,9 @@ class PPOTrainer(RolloutTrainer):
             raise UserError("PPO takes its prompts by number: give a Dataset, not a stream")
         if self.aux_loss_enabled:
             raise UserError("PPO trains no balance loss of experts: set router_aux_loss_coef: 0")
+        text = self.model.config.get_text_config()
+        if getattr(text, "output_router_logits", False):
+            text.output_router_logits = False  # generate would compute the balance loss, and fail
         for i in models:
             given = reward_funcs[i]
             path = given if isinstance(given, str) else get_config_model_id(given.config)
@@ -193,15 +195,20 @@ class PPOTrainer(RolloutTrainer):
                 critic_model = load_trained(
                     start, options, trained_config(start, options, tokenizer, "SEQ_CLS"), tokenizer
                 )
-            no_dropout(critic_model)
             if args.gradient_checkpointing:
                 critic_model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
             if critic_peft_config is not None:
                 critic_model = get_peft_model(critic_model, critic_peft_config)
+            no_dropout(critic_model)  # that of adapters too
             self.critic = SeparateCritic(critic_model)
         self.rollout = self.number = None
         self.micro, self.sums, self.deviation = 0, {}, 0.0
         self.add_callback(_WholeRollouts(self))
+
+    def train(self, *args, **kwargs):
+        callbacks = self.callback_handler.callbacks
+        callbacks.sort(key=lambda callback: isinstance(callback, _WholeRollouts))  # the last has the last word
+        return super().train(*args, **kwargs)
 
     # Rollout
 
@@ -363,7 +370,7 @@ class PPOTrainer(RolloutTrainer):
         if not rollout.scored.all():
             figures["completions/unscored"] = (~rollout.scored).float().mean()
         for name, value in figures.items():
-            self.metric(name, float(value))
+            self.metric(name, float(value), len(rollout))
 
     def begin_rollout(self, number: int) -> Rollout:
         """Rollout `number` with advantages and returns."""
@@ -382,15 +389,18 @@ class PPOTrainer(RolloutTrainer):
             ("critic/explained_variance", math.explained_variance(rollout.values, returns, mask)),
         ):  # fmt: skip
             self.metric(name, float(value))
-        spread = torch.where(mask, (returns - math.masked_mean(returns, mask)) ** 2, 0).sum() / mask.sum().clamp(min=1)
-        self.vf_coef = args.vf_coef / spread.clamp(min=1e-8)  # whitened advantages have no scale, so returns must not
+        # Whitened advantages have no scale, so the value loss must not: over the variance of the returns, or over what the
+        # values are off by, where that is more.
+        spread = math.masked_mean((returns - math.masked_mean(returns, mask)) ** 2, mask)
+        error = math.masked_mean((returns - rollout.values) ** 2, mask)
+        self.vf_coef = args.vf_coef / torch.maximum(spread, error).clamp(min=1e-8)
         if args.whiten_advantages:
             advantages = math.whiten(advantages, mask)
         rollout.columns |= {"advantages": advantages, "returns": returns, "counted": mask}
         sums = torch.where(mask, advantages, 0).sum(1) / mask.sum(1).clamp(min=1)
         self.log_table(*self.texts, rollout.rewards, sums.tolist())
         if args.kl_target is not None:
-            kl = float(rollout.kl.sum(1).mean())
+            kl = float(rollout.kl.sum(1)[rollout.scored].mean())
             self.kl_coef = math.adapted(self.kl_coef, kl, args.kl_target, args.kl_horizon, args.rollout_size)
         return rollout
 
@@ -431,6 +441,8 @@ class PPOTrainer(RolloutTrainer):
             self.deviation = max(self.deviation, deviation.max().item() if len(deviation) else 0.0)
         if inputs["number"] < args.critic_warmup_rollouts:
             loss = loss * 0
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0  # no weight decay either; the scheduler's next step puts it back
         self.current = inputs
         if self.shared:
             loss = loss + self.vf_coef * self.value_loss(self.critic.values(hidden))
@@ -454,9 +466,8 @@ class PPOTrainer(RolloutTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         args, last = self.args, self.micro == 0
-        rate = (
-            self.lr_scheduler.get_last_lr()[0] / args.learning_rate * (args.critic_learning_rate or args.learning_rate)
-        )
+        done = self.lr_scheduler.get_last_lr()[0] / args.learning_rate if args.learning_rate else 1.0
+        rate = done * (args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate)
         if self.shared:
             norm = self.critic.step(rate) if last else None
         else:
