@@ -256,8 +256,8 @@ def test_first_rollout_by_hand(batch, accumulation, critic):
     error = sum(0.5 * ((v - r) ** 2).sum() for v, r in zip(values, returns, strict=True)) / len(every)
     assert row["critic/loss"] == pytest.approx(error.item(), abs=1e-5)
     assert row["policy/loss"] == pytest.approx(-torch.cat(advantages).mean().item(), abs=1e-5)
-    if critic == "shared":  # one backward for both; the value loss counts over the variance of the returns
-        error = 0.3 * error / torch.cat(returns).var(correction=0)
+    if critic == "shared":  # one backward for both; the value loss counts over the returns' variance or its own double
+        error = 0.3 * error / max(torch.cat(returns).var(correction=0), 2 * error.detach())
     (norm + error).backward()
     for model, name in ((policy, "grad_norm"), (judge, "critic/grad_norm")):
         gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]

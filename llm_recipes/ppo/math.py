@@ -13,6 +13,11 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 
+def masked_variance(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Over all tokens, divided by their number."""
+    return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
+
+
 def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
     """Unit (unbiased) variance over the mask, and mean 0, or the mean they had without `shift_mean`; 0 elsewhere."""
     mean = masked_mean(values, mask)
@@ -96,6 +101,5 @@ def adapted(coefficient: float, kl: float, target: float, horizon: float, episod
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """1 - Var(returns - values) / Var(returns), over the mask; NaN where the returns do not vary."""
-    errors, returns = (returns - values)[mask], returns[mask]
-    variance = returns.var(correction=0)
-    return torch.where(variance > 0, 1 - errors.var(correction=0) / variance, torch.nan)
+    variance = masked_variance(returns, mask)
+    return torch.where(variance > 0, 1 - masked_variance(returns - values, mask) / variance, torch.nan)

@@ -391,7 +391,7 @@ class PPOTrainer(RolloutTrainer):
             self.metric(name, float(value))
         # Whitened advantages have no scale, so the value loss must not: over the variance of the returns, or over what the
         # values are off by, where that is more.
-        spread = math.masked_mean((returns - math.masked_mean(returns, mask)) ** 2, mask)
+        spread = math.masked_variance(returns, mask)
         error = math.masked_mean((returns - rollout.values) ** 2, mask)
         self.vf_coef = args.vf_coef / torch.maximum(spread, error).clamp(min=1e-8)
         if args.whiten_advantages:
