@@ -3,7 +3,7 @@
     python benchmarks/post_training.py [--model outputs/pretrain] [--seeds 0 1 2] [--folder outputs/post_training]
 
 One pretrained model, then SFT, reward model, DPO and PPO for each seed, every recipe with its config.yaml and nothing
-changed but seed and folders. `hacked` is PPO on the reward model alone, without KL: its score rises, exact match does not. Questions: the test view, greedy answers, GSM8K's extraction. The base model gets as many
+changed but seed and folders. `hacked` is PPO on the reward model alone, with next to no weight on the KL: its score rises, exact match does not. Questions: the test view, greedy answers, GSM8K's extraction. The base model gets as many
 solved training problems before its question as its context holds; `flexible` takes its last number instead.
 Finished runs are not run again.
 """
@@ -110,13 +110,17 @@ for seed in args.seeds:
         )
         for name, rewards, more in (
             ("ppo", [scorer, match], []),
-            ("hacked", [scorer, match | {"weight": 0.0}], ["--kl_coef", 0]),
+            ("hacked", [scorer, match | {"weight": 0.0}], ["--kl_coef", 1e-6]),
         )
     )
     row = {"sft": sft["exact_match"], "reward accuracy": reward["accuracy"], "dpo": dpo["exact_match"]}
     row |= {"ppo": ppo["exact_match"], "hacked": hacked["exact_match"]}
     row |= {f"{name} - sft": row[name] - row["sft"] for name in ("dpo", "ppo", "hacked")}
-    row |= {"sft - base": row["sft"] - base["exact_match"], "ppo KL": ppo["objective/kl"]}
+    row |= {
+        "sft - base": row["sft"] - base["exact_match"],
+        "ppo KL": ppo["objective/kl"],
+        "hacked KL": hacked["objective/kl"],
+    }
     for name in ("ppo", "hacked"):
         history = [log for log in logs(folder / name) if "rewards/reward/mean" in log]
         for what, key in (("reward model", "rewards/reward/mean"), ("exact match", "rewards/exact_match/mean")):

@@ -347,22 +347,24 @@ class PPOTrainer(RolloutTrainer):
             scores = scores - args.missing_eos_penalty * (1 - rollout.ended)
         if args.score_clip is not None:
             scores = scores.clamp(-args.score_clip, args.score_clip)
-        kl = torch.zeros_like(rollout.old_logprobs)
-        if args.kl_coef:
-            kl = torch.where(mask, math.kl(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator), 0)
-        rollout.columns |= {"scores": scores, "kl": kl}
-        total = kl.sum(1)[rollout.scored].mean()
-        score = scores[rollout.scored].mean()
-        lengths = rollout.lengths.float()
+        score, lengths = scores[rollout.scored].mean(), rollout.lengths.float()
         figures = {
-            "objective/kl": total, "objective/kl_per_token": math.masked_mean(kl, mask), "objective/score": score,
-            "objective/non_score_reward": -self.kl_coef * total, "objective/rlhf_reward": score - self.kl_coef * total,
-            "objective/entropy": torch.where(mask, -rollout.old_logprobs, 0).sum(1).mean(), "objective/kl_coef": self.kl_coef,
-            "policy/entropy": math.masked_mean(rollout.entropies, mask), "reward": given[rollout.scored].mean(),
+            "objective/score": score, "objective/kl_coef": self.kl_coef, "reward": given[rollout.scored].mean(),
+            "objective/entropy": torch.where(mask, -rollout.old_logprobs, 0).sum(1).mean(),
+            "policy/entropy": math.masked_mean(rollout.entropies, mask),
             "completions/mean_length": lengths.mean(), "completions/min_length": lengths.min(),
             "completions/max_length": lengths.max(), "completions/clipped_ratio": 1 - rollout.ended.float().mean(),
             "padding_fraction": 1 - (rollout.prompt_lengths + rollout.lengths).sum() / rollout.input_ids.numel(),
         }  # fmt: skip
+        kl = torch.zeros_like(rollout.old_logprobs)
+        if args.kl_coef:  # else there is no reference, and nothing to say
+            kl = torch.where(mask, math.kl(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator), 0)
+            total = kl.sum(1)[rollout.scored].mean()
+            figures |= {
+                "objective/kl": total, "objective/kl_per_token": math.masked_mean(kl, mask),
+                "objective/non_score_reward": -self.kl_coef * total, "objective/rlhf_reward": score - self.kl_coef * total,
+            }  # fmt: skip
+        rollout.columns |= {"scores": scores, "kl": kl}
         for name, column in zip(self.reward_func_names, rollout.rewards.T, strict=True):
             found = column[~column.isnan()]
             if len(found):
