@@ -284,6 +284,7 @@ REFUSED = {
     "eos_token": "the end of turn is the chat template's",
     "pad_token": "the tokenizer's, or a spare one where that is the EOS",
     "lora_task_type": "it follows from the recipe",
+    "chat_template_kwargs": "prompts are encoded before the trainer sees them, by the template as it is",
     "reward_weights": "each of `rewards` has a `weight`",
 }
 

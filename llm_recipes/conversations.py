@@ -333,6 +333,10 @@ NEEDS = {
     "scored": [{"chosen", "rejected"}],
     "prompts": [{"prompt"}, {"question"}],
 }
+TAKEN = {  # what reward functions are given beside the columns, and columns of ours
+    "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "input_ids", "labels",
+    "prompt_ids", "chosen_ids", "rejected_ids", "draw",
+}  # fmt: skip
 IDS = {"input_ids", "prompt_ids", "chosen_ids", "rejected_ids"}  # the columns that a model reads
 
 
@@ -514,6 +518,10 @@ def _load(source: Source, kind: str) -> Dataset:
     rows = rename(load_rows(source), source, "datasets")
     if images := {"image", "images"} & set(rows.column_names):
         raise UserError(f"datasets: {source.path} has a column {images.pop()}: these recipes train on text alone")
+    if kind == "prompts" and (taken := TAKEN & set(rows.column_names)):
+        raise UserError(
+            f"datasets: {source.path} has a column {min(taken)}, a name that the trainer needs: `columns: {{ours: theirs}}` renames"
+        )
     if not any(needed <= set(rows.column_names) for needed in NEEDS[kind]):
         wanted = ", or ".join(" and ".join(sorted(needed)) for needed in NEEDS[kind])
         raise UserError(

@@ -1,5 +1,6 @@
 """What SFT, reward modelling, DPO and PPO share: their checks, first screen, and figures."""
 
+import importlib.util
 import math
 from itertools import groupby
 
@@ -44,6 +45,8 @@ def preflight(
         problems.append(f"{key}: null lets one long row take all memory: give a number of tokens")
     elif context and longest > context:
         problems.append(f"{key} {longest} is longer than the model's max_position_embeddings {context}")
+    if getattr(args, "use_vllm", False) and importlib.util.find_spec("vllm") is None:
+        problems.append("use_vllm: vLLM is not installed: pip install -e '.[vllm]'")
     if problems:
         raise UserError("\n".join(problems))
     if getattr(args, "packing", False):
@@ -193,7 +196,7 @@ def measure(trainer, rows: Dataset, throughput, started: float) -> dict:
         # of the run rather than the model, or averages of batches that follow the batch size
         skip = (
             "runtime", "per_second", "num_tokens", "epoch", "entropy", "token_accuracy", "min_reward", "max_reward",
-            "time/", "padding",
+            "time/", "padding", "/std", "per_token",
         )  # fmt: skip
         results |= {key: value for key, value in found.items() if not any(word in key for word in skip)}
     flops = None

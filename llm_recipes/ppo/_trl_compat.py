@@ -13,6 +13,9 @@ from trl import RLOOConfig, RLOOTrainer
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id, identity, use_adapter
 
+# Of all that a log is about; other figures are averaged.
+EXTREMES = {"policy/ratio_max_dev": max, "completions/max_length": max, "completions/min_length": min}
+
 __all__ = [
     "RolloutTrainer",
     "check_training_arguments",
@@ -74,6 +77,13 @@ class RolloutTrainer(RLOOTrainer):
     def metric(self, name: str, value: float, rows: int = 1) -> None:
         """Notes a figure of so many `rows`, averaged over them between two logs."""
         self._metrics["train" if self.model.training else "eval"][name] += [value] * rows
+
+    def log(self, logs, start_time=None):
+        figures = self._metrics["train" if self.model.training else "eval"]
+        for name, extreme in EXTREMES.items():
+            if name in figures:
+                figures[name] = [extreme(figures[name])]
+        super().log(logs, start_time)
 
     def rewards(self, rows, prompts, completions, completion_ids) -> torch.Tensor:
         """`(N, functions)` for the rows of all processes; NaN where a function has no opinion."""

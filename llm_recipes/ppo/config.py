@@ -10,6 +10,13 @@ from llm_recipes.ppo import _trl_compat
 HARMLESS = {"cache_implementation", "cache_config", "prefill_chunk_size", "compile_config", "disable_compile"}
 
 
+# Beyond them a formula turns around, or means nothing.
+BOUNDS = {
+    "gamma": (0, 1), "lam": (0, 1), "epsilon": (0, 1), "epsilon_high": (0, 100), "cliprange_value": (0, 1e9), "vf_coef": (0, 1e9),
+    "score_clip": (0, 1e9), "kl_horizon": (1, 1e12), "critic_learning_rate": (0, 1), "critic_warmup_rollouts": (0, 1e9),
+}  # fmt: skip
+
+
 def _fixed(value):
     """A field of RLOOConfig that the trainer reads and nobody may set."""
     return field(init=False, default=value)
@@ -87,6 +94,15 @@ class PPOConfig(RLOOConfig):
     use_transformers_continuous_batching: bool = _fixed(False)
     transformers_continuous_batching_config: dict | None = _fixed(None)  # noqa: RUF009 - a field
     use_transformers_paged: bool = _fixed(False)
+    num_generations_eval: int | None = _fixed(1)
+    sync_ref_model: bool = _fixed(False)  # the moved reference would be lost on a resume
+    ref_model_mixup_alpha: float = _fixed(0.6)
+    ref_model_sync_steps: int = _fixed(512)
+    neftune_noise_alpha: float | None = _fixed(None)
+    label_smoothing_factor: float = _fixed(0.0)
+    data_seed: int | None = _fixed(None)
+    train_sampling_strategy: str = _fixed("random")
+    include_num_input_tokens_seen: str | bool = _fixed("no")
 
     @property
     def steps_per_rollout(self) -> int:
@@ -98,6 +114,9 @@ class PPOConfig(RLOOConfig):
         return self.generation_batch_size
 
     def __post_init__(self):
+        best = self.load_best_model_at_end or self.save_strategy == "best" or "plateau" in str(self.lr_scheduler_type)
+        if best and self.metric_for_best_model is None:  # there is no eval_loss
+            self.metric_for_best_model, self.greater_is_better = "eval_objective/score", True
         _trl_compat.check_training_arguments(self)  # RLOOConfig's own would ask for two completions a prompt
         self.steps_per_generation = self.gradient_accumulation_steps * self.num_mini_batches
         self.generation_batch_size = self.per_device_train_batch_size * self.steps_per_generation * self.world_size
@@ -107,10 +126,21 @@ class PPOConfig(RLOOConfig):
             for key in ("num_ppo_epochs", "num_mini_batches", "num_generations", "max_completion_length")
             if not (getattr(self, key) or 0) >= 1
         ]
+        problems += [
+            f"{key} must lie between {low:g} and {high:g}, got {value:g}"
+            for key, (low, high) in BOUNDS.items()
+            if (value := getattr(self, key)) is not None and not low <= value <= high
+        ]
         if self.temperature <= 0:
             problems.append("temperature must be above 0: PPO needs completions that the policy draws")
         if self.kl_coef < 0 or (self.kl_target is not None and (self.kl_target <= 0 or not self.kl_coef)):
             problems.append("kl_coef must not be negative, and above 0 with a kl_target above 0")
+        if (
+            self.kl_target and self.generation_batch_size >= 5 * self.kl_horizon
+        ):  # it changes by up to a fifth of their ratio
+            problems.append(
+                f"kl_horizon {self.kl_horizon} must be above a fifth of a rollout of {self.generation_batch_size}"
+            )
         if self.critic == "shared" and self.critic_warmup_rollouts:
             problems.append("critic_warmup_rollouts needs critic: separate: a shared one moves the policy too")
         if self.fp16:

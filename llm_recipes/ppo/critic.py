@@ -1,9 +1,11 @@
 """The critic: the value of the state before each token, from a model with an engine of its own or from the policy's backbone."""
 
+import dataclasses
 import types
 from pathlib import Path
 
 import torch
+import trl
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
@@ -13,9 +15,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import PreTrainedModel, Trainer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, Trainer
 
+from llm_recipes.adapters import whole_model
 from llm_recipes.errors import Diverged, UserError
+from llm_recipes.models import trained_config
+from llm_recipes.ppo.config import PPOConfig
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -26,6 +31,36 @@ def _token_values(self, input_ids: torch.Tensor, places: torch.Tensor) -> torch.
     """Values `(n,)` at the `n` places of `places`, `(B, L)`, in the place of a sequence classifier's forward."""
     hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     return self.score(hidden[places])[:, 0].float()
+
+
+def critic_config(
+    critic: str | None, policy: str, model: trl.ModelConfig, args: PPOConfig, tokenizer, longest: int
+) -> tuple[str, trl.ModelConfig, PreTrainedConfig] | None:
+    """What `load_trained` makes a separate critic from: `critic`, adapters too, or the `policy`; None with a shared one.
+
+    Raises UserError for a critic that cannot value what the policy says.
+    """
+    key = "critic_model_name_or_path"
+    if args.critic == "shared":
+        if critic:
+            raise UserError(f"{key}: a shared critic is a layer on the policy: set critic: separate, or leave it out")
+        return None
+    if not critic:
+        return policy, model, trained_config(policy, model, tokenizer, "SEQ_CLS")
+    name = whole_model(critic, key=key)
+    model = dataclasses.replace(model, model_name_or_path=critic, model_revision="main")
+    try:
+        config, theirs = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {critic}: {str(error).splitlines()[0]}") from error
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{key}: {critic} has another vocabulary than the policy, whose ids it is to read")
+    if any("ForSequenceClassification" in kind for kind in config.architectures or []) and config.num_labels != 1:
+        raise UserError(f"{key}: {critic} has {config.num_labels} labels, and a value is one number")
+    context = getattr(config, "max_position_embeddings", None)
+    if context and longest > context:
+        raise UserError(f"{key}: {critic} reads up to {context} tokens; a prompt with its answer may have {longest}")
+    return name, model, trained_config(name, model, tokenizer, "SEQ_CLS")
 
 
 class SeparateCritic:

@@ -137,11 +137,11 @@ def exact_match(completions, answer=None, **columns) -> list[float]:
 
 
 def load_rewards(
-    config: RewardsConfig, tokenizer: PreTrainedTokenizerFast, rows: list[Dataset | None], batch_size: int = 32,
-    device: torch.device | str = "cpu",
+    config: RewardsConfig, tokenizer: PreTrainedTokenizerFast, rows: list[Dataset | None], longest: int = 0,
+    batch_size: int = 32, device: torch.device | str = "cpu",
 ) -> tuple[list, list[float], list[str]]:  # fmt: skip
-    """(reward functions, their weights, what each is in words) for `rows` of conversations. Raises UserError for what
-    cannot reward them."""
+    """(reward functions, their weights, what each is in words) for `rows` of conversations, with answers of up to `longest`
+    tokens. Raises UserError for what cannot reward them."""
     functions = []
     for reward in config.rewards:
         if reward.path.startswith("builtin:"):
@@ -153,6 +153,11 @@ def load_rewards(
         else:
             model = RewardModel(reward, tokenizer, config.normalize_scores, batch_size, device)
             _ = model.same or model.encoder  # refused now, rather than after the first answers
+            context = getattr(model.config, "max_position_embeddings", None)
+            if model.same and context and longest > context:
+                raise UserError(
+                    f"{model.said} reads up to {context} tokens; a prompt with its answer may have {longest}"
+                )
             functions.append(model)
     names = [function.__name__ for function in functions]
     if not names:

@@ -6,7 +6,6 @@ is drawn with random numbers of its own, and every process holds the whole rollo
 
 import json
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from llm_recipes.ppo.config import PPOConfig
 from llm_recipes.ppo.critic import SeparateCritic, SharedCritic
 from llm_recipes.ppo.reward_scoring import RewardModel
 
-STATE = "ppo_state.json"
+STATE, DRAW = "ppo_state.json", "draw"
 
 
 class Head:
@@ -154,6 +153,9 @@ class PPOTrainer(RolloutTrainer):
         processing_class=None, critic_model: PreTrainedModel | str | None = None, peft_config=None, critic_peft_config=None,
         **kwargs,
     ):  # fmt: skip
+        args = args or PPOConfig("ppo")
+        if isinstance(eval_dataset, Dataset):  # each row is drawn with the same random numbers, wherever
+            eval_dataset = eval_dataset.add_column(DRAW, list(range(len(eval_dataset))))
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         models = [i for i, func in enumerate(reward_funcs) if isinstance(func, str | PreTrainedModel)]
         functions = [(lambda **columns: None) if i in models else func for i, func in enumerate(reward_funcs)]
@@ -240,7 +242,7 @@ class PPOTrainer(RolloutTrainer):
                 ids = generate(
                     policy, prompts, self.processing_class.pad_token_id, args.max_completion_length, batch_size=len(rows),
                     uniforms=torch.from_numpy(np.stack(drawn)), temperature=args.temperature, stop=self.eos_token_ids,
-                    cache_implementation=args.cache_implementation, **(args.generation_kwargs or {}),
+                    **{"cache_implementation": args.cache_implementation, **(args.generation_kwargs or {})},
                 )  # fmt: skip
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         if isinstance(rows[0].get("prompt"), list):
@@ -489,17 +491,9 @@ class PPOTrainer(RolloutTrainer):
 
     # Evaluation
 
-    def evaluate(self, *args, **kwargs):
-        self.evaluated = {}
-        return super().evaluate(*args, **kwargs)
-
     def evaluate_prompts(self, rows: list[dict]) -> None:
         """Figures of held-out prompts, by the same random numbers each time."""
-        keys = []
-        for row in rows:
-            key = zlib.crc32(json.dumps(row.get("prompt_ids") or row["prompt"]).encode())
-            self.evaluated[key] = self.evaluated.get(key, -1) + 1  # another draw for the same prompt
-            keys.append((103, key, self.evaluated[key]))
+        keys = [(103, row.pop(DRAW)) for row in rows]
         self.objective(self.collect(rows, keys)[0])
 
     def samples(self, count: int = 3) -> list[str]:

@@ -22,6 +22,7 @@ from llm_recipes.errors import entrypoint
 from llm_recipes.launch import check_strategy
 from llm_recipes.models import load_trained, trained_config
 from llm_recipes.ppo import PPOConfig, PPOTrainer
+from llm_recipes.ppo.critic import critic_config
 from llm_recipes.ppo.reward_scoring import load_rewards
 from llm_recipes.progress import Throughput, show_progress
 
@@ -41,9 +42,8 @@ def main():
     config = trained_config(name, model_config, tokenizer)
     peft_config = lora_config(model_config, config, untrained)
     trained = trained_parameters(config, peft_config)
-    critic = rewards.critic_model_name_or_path
-    critic = critic and whole_model(critic, key="critic_model_name_or_path")
-    critic_config = trained_config(critic or name, model_config, tokenizer, "SEQ_CLS")
+    longest = data.max_prompt_length + (args.max_completion_length or 0)
+    critic = critic_config(rewards.critic_model_name_or_path, name, model_config, args, tokenizer, longest)
     post_training.preflight(args, run, data, model_config, adapter, config, trained)
     questions = load_questions(answers.answers) if answers.answers else None
 
@@ -51,7 +51,7 @@ def main():
     encoder = Encoder(tokenizer)
     train, evaluation, said, digests = make_rows(data, encoder, "prompts", args)
     reward_funcs, args.reward_weights, scoring = load_rewards(
-        rewards, tokenizer, [train, evaluation], args.per_device_eval_batch_size, args.device
+        rewards, tokenizer, [train, evaluation], longest, args.per_device_eval_batch_size, args.device
     )
 
     # 4. The plan
@@ -61,7 +61,7 @@ def main():
         "data": digests,
         "tokenizer": encoder.digest,
         "model": base,
-        "judges": [*judges, weights_digest(critic)],
+        "judges": [*judges, weights_digest(rewards.critic_model_name_or_path)],
     }
     record = outputs.describe(run.resolved, identity)
     post_training.plan(args, run, config, encoder, train, evaluation, report + said, record, trained, scoring)
@@ -69,14 +69,17 @@ def main():
         return
     outputs.claim(args, run.push_to_hub, record)  # up to here nothing is written to output_dir
 
-    # 5. Model and trainer. The trainer loads the critic, and the reference unless an adapter switched off is one.
+    # 5. Models and trainer. The trainer loads the reference, unless an adapter switched off is one.
     model = load_trained(name, model_config, config, tokenizer, encoder.stop_id)
+    if model_config.model_revision != "main":
+        args.model_init_kwargs = {"revision": model_config.model_revision}  # the reference's
     trainer = PPOTrainer(
-        model, reward_funcs, args, train, evaluation, tokenizer, critic_model=critic, peft_config=peft_config,
-        critic_peft_config=lora_config(model_config, critic_config) if args.critic == "separate" else None,
+        model, reward_funcs, args, train, evaluation, tokenizer, peft_config=peft_config,
+        critic_model=critic and load_trained(*critic, tokenizer), critic_peft_config=critic and lora_config(*critic[1:]),
     )  # fmt: skip
     check_strategy(trainer.accelerator)
     throughput = Throughput(post_training.rollout_counter(trainer))
+    throughput.left_out = args.steps_per_rollout  # the whole first rollout, for its steps share the drawing
     show_progress(trainer, throughput)
     protect(trainer, outputs.pusher(args, run.push_to_hub))
 
