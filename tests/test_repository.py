@@ -64,7 +64,7 @@ def test_the_chain_of_the_readme_runs_without_arguments(tmp_path, monkeypatch):
                 if stage == "rlhf/reward"
                 else {"answers": {"path": "builtin:arithmetic/test", "rows": 4}}
             )
-        small |= {"warmup_steps": 0} | ({"max_steps": 4} if stage == "rlhf/ppo" else {})
+        small |= {"warmup_steps": 0} | ({"max_steps": 2, "global_batch_size": 32} if stage == "rlhf/ppo" else {})
         words = [word for key, value in small.items() for word in (f"--{key}", json.dumps(value))]
         done = run(*words, script=Path(command.split()[1]).absolute())
         assert done.code == 0, done.err
