@@ -160,7 +160,7 @@ def check_same_training(first: str, second: str, *held_out: str) -> None:
 
 
 def run(
-    *argv, script: Path = PRETRAIN, fault: str | None = None, env: dict | None = None, timeout: int = 120
+    *argv, script: Path = PRETRAIN, fault: str | None = None, env: dict | None = None, timeout: int = 240
 ) -> Result:
     """`python script *argv` in a forked child, from the current directory; `fault` is a key of FAULTS with its arguments."""
     child = _context.Process(target=_child, args=(str(script), [str(a) for a in argv], fault, env or {}, os.getcwd()))
