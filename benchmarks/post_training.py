@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm_recipes.answers import generate, load_questions
 from llm_recipes.arithmetic import final_answer
 from llm_recipes.arithmetic import generate as problems
-from llm_recipes.config import Source
+from llm_recipes.config import Source, load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,6 +31,9 @@ parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 parser.add_argument("--questions", type=int, default=1000)
 parser.add_argument("--folder", type=Path, default=Path("outputs/post_training"))
 args, further = parser.parse_known_args()
+
+
+SHIPPED = load_yaml(ROOT / "recipes/rlhf/ppo/config.yaml")[0]["rewards"]  # the reward model, and exact match
 
 
 def few_shot(name: str) -> dict:
@@ -95,7 +98,10 @@ for seed in args.seeds:
     sft = recipe("sft", folder / "sft", args.model, seed, "--answers", questions)
     reward = recipe("rlhf/reward", folder / "reward", str(folder / "sft"), seed)
     dpo = recipe("dpo", folder / "dpo", str(folder / "sft"), seed, "--answers", questions)
-    scorer, match = {"path": str(folder / "reward")}, {"path": "builtin:exact_match"}
+    scorer, match = (
+        {**given, "path": path}
+        for given, path in zip(SHIPPED, (str(folder / "reward"), "builtin:exact_match"), strict=True)
+    )
     ppo, hacked = (
         recipe(
             "rlhf/ppo",
@@ -110,7 +116,7 @@ for seed in args.seeds:
         )
         for name, rewards, more in (
             ("ppo", [scorer, match], []),
-            ("hacked", [scorer, match | {"weight": 0.0}], ["--kl_coef", 1e-6]),
+            ("hacked", [scorer | {"weight": 1.0}, match | {"weight": 0.0}], ["--kl_coef", 1e-6]),
         )
     )
     row = {"sft": sft["exact_match"], "reward accuracy": reward["accuracy"], "dpo": dpo["exact_match"]}
