@@ -117,6 +117,13 @@ def trained_config(
     return config
 
 
+def check_context(said: str, config: PreTrainedConfig, longest: int) -> None:
+    """Raises UserError where a prompt with its answer may be longer than the model of `config`, `said` for short, reads."""
+    context = getattr(config, "max_position_embeddings", None)
+    if context and longest > context:
+        raise UserError(f"{said} reads up to {context} tokens; a prompt with its answer may have {longest}")
+
+
 def stop_ids(model: PreTrainedModel) -> list[int]:
     """Ids at which `generate` stops."""
     ids = model.generation_config.eos_token_id

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from llm_recipes.adapters import whole_model
 from llm_recipes.errors import Diverged, UserError
-from llm_recipes.models import trained_config
+from llm_recipes.models import check_context, trained_config
 from llm_recipes.ppo.config import PPOConfig
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -57,9 +57,7 @@ def critic_config(
         raise UserError(f"{key}: {critic} has another vocabulary than the policy, whose ids it is to read")
     if any("ForSequenceClassification" in kind for kind in config.architectures or []) and config.num_labels != 1:
         raise UserError(f"{key}: {critic} has {config.num_labels} labels, and a value is one number")
-    context = getattr(config, "max_position_embeddings", None)
-    if context and longest > context:
-        raise UserError(f"{key}: {critic} reads up to {context} tokens; a prompt with its answer may have {longest}")
+    check_context(f"{key}: {critic}", config, longest)
     return name, model, trained_config(name, model, tokenizer, "SEQ_CLS")
 
 
@@ -78,8 +76,7 @@ class SeparateCritic:
     def prepare(self, trainer: Trainer) -> None:
         """Builds engine and optimizer. The policy must have its own: accelerate takes the first for the one to clip."""
         self.accelerator, self.args = trainer.accelerator, trainer.args
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
-        optimizer = kind(_groups(self.model, trainer), **options)
+        optimizer = _optimizer(self.model, trainer)
         policy = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
         if policy is not None:
             self.accelerator.deepspeed_engine_wrapped = None
@@ -105,12 +102,7 @@ class SeparateCritic:
                 loss.backward()
             return None
         loss.backward()
-        limit = self.args.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        norm = checked((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+        return _update(self.model, self.optimizer, self.args.max_grad_norm)
 
     def save(self, folder: Path) -> None:
         """A model that `AutoModelForSequenceClassification` loads, or an adapter, and the optimizer; every rank takes part."""
@@ -161,8 +153,7 @@ class SharedCritic:
 
     def prepare(self, trainer: Trainer) -> None:
         self.accelerator, self.args = trainer.accelerator, trainer.args
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
-        self.optimizer = kind(_groups(self.head, trainer), **options)
+        self.optimizer = _optimizer(self.head, trainer)
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
         """Values `(n,)` of hidden states `(n, H)`."""
@@ -174,11 +165,7 @@ class SharedCritic:
             group["lr"] = learning_rate
         for parameter in self.head.parameters():
             parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.args.max_grad_norm or float("inf"))
-        norm = checked(norm.item())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+        return _update(self.head, self.optimizer, self.args.max_grad_norm)
 
     def save(self, folder: Path) -> None:
         if self.args.process_index == 0:
@@ -190,16 +177,24 @@ class SharedCritic:
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
 
 
-def _groups(model: torch.nn.Module, trainer: Trainer) -> list[dict]:
-    """Trained weights with the Trainer's weight decay: none on norms and biases."""
-    decayed = set(trainer.get_decay_parameter_names(model))
-    groups = {True: [], False: []}
+def _optimizer(model: torch.nn.Module, trainer: Trainer) -> torch.optim.Optimizer:
+    """The Trainer's kind, with its weight decay: none on norms and biases."""
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
+    decayed, groups = set(trainer.get_decay_parameter_names(model)), {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[name in decayed].append(parameter)
-    return [
-        {"params": group, "weight_decay": trainer.args.weight_decay * yes} for yes, group in groups.items() if group
-    ]
+    decay = trainer.args.weight_decay
+    return kind([{"params": group, "weight_decay": decay * yes} for yes, group in groups.items() if group], **options)
+
+
+def _update(model: torch.nn.Module, optimizer, max_grad_norm: float) -> float:
+    """Clips, steps, and returns the gradient norm before the clipping; FSDP2 has it in parts."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+    norm = checked((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item())
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
 def checked(norm: float) -> float:

@@ -15,6 +15,7 @@ from llm_recipes.arithmetic import final_answer, is_correct
 from llm_recipes.config import Reward, RewardsConfig
 from llm_recipes.conversations import Encoder, Unusable
 from llm_recipes.errors import RecipeExit, UserError
+from llm_recipes.models import check_context
 from llm_recipes.reward import score
 
 EXACT_MATCH = "builtin:exact_match"
@@ -153,11 +154,8 @@ def load_rewards(
         else:
             model = RewardModel(reward, tokenizer, config.normalize_scores, batch_size, device)
             _ = model.same or model.encoder  # refused now, rather than after the first answers
-            context = getattr(model.config, "max_position_embeddings", None)
-            if model.same and context and longest > context:
-                raise UserError(
-                    f"{model.said} reads up to {context} tokens; a prompt with its answer may have {longest}"
-                )
+            if model.same:
+                check_context(model.said, model.config, longest)
             functions.append(model)
     names = [function.__name__ for function in functions]
     if not names:
