@@ -102,7 +102,7 @@ class PairsTrainer(DPOTrainer):
         # TRL keeps the log-probs under a hash that is the same for all models of a shape that ZeRO-3 has sharded, and with
         # any ld_alpha and precision: another model's would be taken for those of this reference.
         options = self.args.ld_alpha, self.accelerator.mixed_precision
-        self._precompute_model_hash = f"{_weights_digest(self.model)} {options}"
+        self._precompute_model_hash = f"{state_digest(self.model)} {options}"
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
 
@@ -115,7 +115,7 @@ def _whole(tensor):
     return GatheredParameters([tensor])
 
 
-def _weights_digest(model) -> str:
+def state_digest(model) -> str:
     """Of all weights and their names, the same whether ZeRO-3 has sharded them or not; every rank takes part."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):

@@ -32,25 +32,36 @@ def load_questions(source: Source) -> Dataset:
     return rows
 
 
-class _Draw(LogitsProcessor):
-    """Leaves one token: the one at which the cumulated probability passes a random number in [0, 1)."""
+def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
+    """Tokens `(B, 1)`: for each row of `logits` `(B, V)` that at which the cumulated probability passes its random number
+    in [0, 1). `top_p` leaves the most likely tokens up to and with the one that reaches that share (Holtzman et al. 2020).
+    """
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        likely, order = probs.sort(-1, descending=True, stable=True)
+        kept = likely.cumsum(-1) - likely < top_p
+        probs = probs * kept.scatter(1, order, kept)
+    cumulated = probs.cumsum(-1)
+    whole = cumulated[:, -1:]
+    below = torch.nextafter(whole, torch.zeros_like(whole))  # rounded up, it would pass no token
+    return torch.searchsorted(cumulated, (uniforms[:, None] * whole).minimum(below), right=True)
 
-    def __init__(self, uniforms: torch.Tensor, width: int, temperature: float):
-        self.uniforms, self.width, self.temperature = uniforms, width, temperature
+
+class _Draw(LogitsProcessor):
+    """Leaves one token, the one that `draw` gives with the random numbers of this position."""
+
+    def __init__(self, uniforms: torch.Tensor, width: int, temperature: float, top_p: float):
+        self.uniforms, self.width, self.temperature, self.top_p = uniforms, width, temperature, top_p
 
     def __call__(self, input_ids, scores):
-        cumulated = (scores.float() / self.temperature).softmax(-1).cumsum(-1)
-        whole = cumulated[:, -1:]
-        wanted = self.uniforms[:, input_ids.shape[1] - self.width, None] * whole
-        below = torch.nextafter(whole, torch.zeros_like(whole))  # rounded up, it would pass no token
-        token = torch.searchsorted(cumulated, wanted.minimum(below), right=True)
+        token = draw(scores, self.uniforms[:, input_ids.shape[1] - self.width], self.temperature, self.top_p)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
 @torch.no_grad()
 def generate(
     model, prompts: list[list[int]], pad_id: int, max_new_tokens: int, uniforms: torch.Tensor | None = None,
-    temperature: float = 1.0, stop: list[int] | None = None, batch_size: int = 64, **options,
+    temperature: float = 1.0, top_p: float = 1.0, stop: list[int] | None = None, batch_size: int = 64, **options,
 ) -> list[list[int]]:  # fmt: skip
     """Completions of token-id prompts up to the first of `stop` (the model's own without), which stays in: greedy, or drawn
     at `temperature` with the random numbers `uniforms` `(n, max_new_tokens)`.
@@ -66,7 +77,7 @@ def generate(
         width = max(len(prompts[row]) for row in rows)
         ids = torch.tensor([[pad_id] * (width - len(prompts[row])) + prompts[row] for row in rows])
         mask = torch.tensor([[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in rows])
-        drawn = [] if uniforms is None else [_Draw(uniforms[rows].to(model.device), width, temperature)]
+        drawn = [] if uniforms is None else [_Draw(uniforms[rows].to(model.device), width, temperature, top_p)]
         out = model.generate(
             ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, do_sample=False,
             use_cache=True, pad_token_id=pad_id, eos_token_id=stop or None, repetition_penalty=1.0,

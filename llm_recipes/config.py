@@ -230,6 +230,56 @@ class AnswerConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    model: str = field(metadata={"help": "Hub id, folder, or LoRA adapter."})
+    tasks: list[str] = field(metadata={"help": "Names, see eval/tasks/; lm_eval:<name> is a task of lm-eval."})
+    output_dir: str
+    model_revision: str = "main"
+    dtype: typing.Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "auto: as the weights are stored."}
+    )
+    data_files: dict[str, typing.Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Local files in the place of the Hub's: {gsm8k: {test: a.jsonl, train: b.jsonl}, mbpp: c.jsonl}."
+        },
+    )
+    limit: int | None = field(default=None, metadata={"help": "Rows a task, to try things: marked in every output."})
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "Examples before each question, if not the task's own."}
+    )
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest answer, if not the task's own."})
+    num_samples: int | None = field(default=None, metadata={"help": "Answers to each question, if not the task's own."})
+    temperature: float | None = field(default=None, metadata={"help": "0 is greedy; if not the task's own."})
+    top_p: float | None = field(
+        default=None, metadata={"help": "Share of the most likely tokens to draw from, if not the task's own."}
+    )
+    max_batch_tokens: int = field(
+        default=8192,
+        metadata={
+            "help": "Tokens in memory at a time. 1: every sequence alone and whole, lm-eval's numbers to the bit."
+        },
+    )
+    backend: typing.Literal["transformers", "vllm"] = field(
+        default="transformers", metadata={"help": "Who writes answers."}
+    )
+    sandbox: typing.Literal["strict", "basic"] = field(
+        default="strict", metadata={"help": "basic: run model-written code although a layer of isolation is missing."}
+    )
+    seed: int = field(default=1234, metadata={"help": "Of sampled answers."})
+    rescore: bool = field(
+        default=False, metadata={"help": "Score the answers of a finished run again, without the model."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Every check, the plan and one prompt a task; nothing written."}
+    )
+    resolved: dict = field(init=False, default_factory=dict)  # as in RunConfig
+
+    def __post_init__(self):
+        self.output_dir = os.path.expanduser(self.output_dir)
+
+
+@dataclass
 class RunConfig:
     global_batch_size: int | None = field(
         default=None,
@@ -293,6 +343,7 @@ MINIMUM = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "num_train_epochs": 0, "max_steps": -1, "seed": 0, "warmup_steps": 0, "dataloader_num_workers": 0,
     "global_batch_size": 1, "sequence_length": 2, "max_length": 2, "max_prompt_length": 1, "max_new_tokens": 1, "beta": 0, "lora_r": 1, "save_total_limit": 1, "tokenizer_vocab_size": 1, "vocab_size": 1,
+    "limit": 1, "num_fewshot": 0, "num_samples": 1, "temperature": 0, "top_p": 0.001, "max_batch_tokens": 1,
 }  # fmt: skip
 
 
@@ -406,10 +457,10 @@ def cast(value, hint, choices=None):
     raise ValueError(f"expects {expected}, got {_say(value)}")
 
 
-def unknown_key(key, known) -> str:
+def unknown_key(key, known, what: str = "key") -> str:
     """Says that `key` is none of `known`, and which of them is nearest."""
     near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
-    return f"unknown key `{key}`" + (f", did you mean `{near[0]}`?" if near else "")
+    return f"unknown {what} `{key}`" + (f", did you mean `{near[0]}`?" if near else "")
 
 
 def _fill(cls, values: dict):
@@ -525,6 +576,8 @@ def _from_text(text: str, hint, choices):
     except yaml.YAMLError:
         return text
     except ValueError:
+        if hint == list[str]:
+            return text.split(",")
         return text if str in (typing.get_args(hint) or (hint,)) else value
     return value
 

@@ -1,0 +1,44 @@
+"""MBPP (Austin et al. 2021): 500 small programs from a sentence and three tests."""
+
+from functools import partial
+
+from llm_recipes.config import Source
+from llm_recipes.evaluation.scores import program_scores
+from llm_recipes.evaluation.tasks import Task
+from llm_recipes.sandbox import Program
+
+
+def prompt(row: dict) -> str:
+    tests = "\n".join(row["test_list"][:3])
+    return (
+        f"You are an expert Python programmer, and here is your task: {row['text']} "
+        f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+    )
+
+
+def program(row: dict, text: str) -> Program:
+    """With `test_setup_code`, which other harnesses leave out: without it the reference of task 367 fails."""
+    return Program(text, "\n".join(row["test_list"]), setup_after=row["test_setup_code"])
+
+
+TASKS = {
+    "mbpp": Task(
+        kind="generate",
+        version="lm-eval 1, with test_setup_code",
+        protocol="tasks 2, 3 and 4 before the task, greedy; pass@1",
+        data=(Source("google-research-datasets/mbpp", name="full", split="test"),),
+        columns=("task_id", "text", "code", "test_list", "test_setup_code"),
+        keep=lambda row: 11 <= row["task_id"] <= 510,
+        prompt=prompt,
+        num_fewshot=3,
+        shots=(Source("google-research-datasets/mbpp", name="full", split="prompt"),),
+        shot=lambda row: row["task_id"] in (2, 3, 4),
+        draw="first",
+        answer=lambda row: f"{row['code']}\n[DONE]",
+        delimiter="",
+        stop=("[DONE]",),
+        runs_code=True,
+        score=partial(program_scores, program=program),
+        hub=("google-research-datasets/mbpp", "mbpp"),
+    )
+}

@@ -1,0 +1,1 @@
+"""Evaluation: scoring, extraction, statistics, results."""

@@ -1,0 +1,45 @@
+"""`results.json`: what was measured, how, and on what (eval/results.schema.json), and the table of it."""
+
+import json
+from pathlib import Path
+
+from llm_recipes.errors import UserError
+from llm_recipes.evaluation.runs import write_json
+
+SCHEMA = 1
+
+
+def load_results(folder: Path) -> dict | None:
+    """What the folder's results.json says, None without one. Raises UserError where it is damaged."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        if found["schema"] != SCHEMA:
+            raise KeyError(f"schema {found['schema']}")
+        found["tasks"], found["model"]["fingerprint"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not a results file of this version: {error}") from error
+    return found
+
+
+def add_result(folder: Path, head: dict, task: str, entry: dict) -> dict:
+    """results.json with one more task, or one anew; `head` is all but the tasks. Written at once."""
+    found = load_results(folder) or {"tasks": {}}
+    results = {"schema": SCHEMA, **head, "tasks": found["tasks"] | {task: entry}}
+    write_json(folder / "results.json", results)
+    return results
+
+
+def table(results: dict) -> str:
+    """Markdown: a row for each metric of each task, with its 95 % interval."""
+    lines = ["| task | metric | value | 95 % | n |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, task in results["tasks"].items():
+        limited = f" (first {task['limit']})" if task["limit"] else ""
+        for metric, m in task["metrics"].items():
+            interval = "" if m["ci95"] is None else f"{m['ci95'][0]:.4f} to {m['ci95'][1]:.4f}"
+            lines.append(f"| {name}{limited} | {metric} | {m['value']:.4f} | {interval} | {m['n']:,} |")
+        if not task["metrics"]:
+            lines.append(f"| {name}{limited} | no score | | | {task['n']:,} |")
+    return "\n".join(lines)

@@ -1,0 +1,235 @@
+"""One task of one run: the work in units, what is done already, and what comes out of it.
+
+A unit is a few prompts that go through the model together. Units follow from the prompts and `max_batch_tokens` alone, and a
+killed run does its unfinished units again whole: so neither the number of processes nor a kill changes a number.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from llm_recipes.errors import UserError
+from llm_recipes.evaluation.model import Model, Sampling
+from llm_recipes.evaluation.scores import perplexity_scores
+from llm_recipes.evaluation.statistics import clustered_stderr, interval, mean_stderr, ratio_stderr
+from llm_recipes.evaluation.tasks import Item, Task
+from llm_recipes.metrics import Z
+
+ROUNDS = 4  # times that each place of the batch is filled in a unit of answers
+ALONE = 8  # prompts a unit where each goes through the model alone
+
+
+def make_units(task: Task, items: Sequence[Item], model: Model, max_new_tokens: int, samples: int) -> list[list[int]]:
+    """Indices of items that are worked on together: of one group, similar in length, the longest first."""
+    order = sorted(range(len(items)), key=lambda i: (items[i].group or "", -_length(items[i]), i))
+    units, size, longest, group = [[]], 0, 0, None
+    for i in order:
+        rows = max(1, len(items[i].continuations))
+        longest = longest if units[-1] else _length(items[i])
+        if task.kind == "generate":
+            full = len(units[-1]) * samples >= ROUNDS * model.rows(longest, max_new_tokens)
+        else:
+            full = (size + rows) * longest > model.max_batch_tokens > 1 or len(
+                units[-1]
+            ) >= ALONE > model.max_batch_tokens
+        if units[-1] and (full or items[i].group != group):
+            units.append([])
+            size, longest = 0, _length(items[i])
+        units[-1].append(i)
+        size, group = size + rows, items[i].group
+    return sorted(units, key=lambda unit: -_length(items[unit[0]]))  # what does not fit into memory fails at once
+
+
+def _length(item: Item) -> int:
+    return len(item.context) + max(map(len, item.continuations), default=0)
+
+
+class Samples:
+    """The lines of `<folder>/samples.jsonl`, appended unit by unit, each process to a file of its own, then joined."""
+
+    def __init__(self, folder: Path, units: list[list[int]], rank: int, world_size: int):
+        self.folder, self.rank = folder, rank
+        done = read_lines(folder)
+        self.mine = [unit for unit in units if not all(i in done for i in unit)][rank::world_size]
+
+    def append(self, lines: list[dict]) -> None:
+        """Writes the lines of one unit."""
+        with (self.folder / f"part-{self.rank}.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def claim(folder: Path, identity: dict) -> None:
+    """Marks the folder as that of the answers which depend on `identity`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "identity.json", identity)
+
+
+def joined(folder: Path) -> list[dict]:
+    """All lines in order, as `samples.jsonl`, after every process has appended its own."""
+    found = read_lines(folder)
+    lines = [found[i] for i in sorted(found)]
+    write_lines(folder / "samples.jsonl", lines)
+    for part in folder.glob("part-*.jsonl"):
+        part.unlink()
+    return lines
+
+
+def changes(folder: Path, identity: dict) -> list[str]:
+    """How the answers in `folder` differ in what they depend on; empty when they do not, or there are none."""
+    path = folder / "identity.json"
+    if not path.is_file():
+        return []
+    there = json.loads(path.read_text())
+    keys = [key for key in {**there, **identity} if there.get(key) != identity.get(key)]
+    return [f"{key}: {_short(there.get(key))} -> {_short(identity.get(key))}" for key in keys]
+
+
+def read_lines(folder: Path) -> dict[int, dict]:
+    """{item: line} of what is in the folder; a line that a kill has torn is cut off."""
+    lines = {}
+    for path in [*folder.glob("samples.jsonl"), *sorted(folder.glob("part-*.jsonl"))]:
+        text = path.read_bytes()
+        if not text.endswith(b"\n"):
+            with path.open("r+b") as file:
+                file.truncate(text.rfind(b"\n") + 1)
+        for line in text[: text.rfind(b"\n") + 1].decode().splitlines():
+            row = json.loads(line)
+            lines[row["item"]] = row
+    return lines
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def work(
+    task: Task, items: Sequence[Item], unit: list[int], model: Model, generation: dict | None, seed: int
+) -> Iterator[dict]:
+    """The lines of one unit. One that does not fit into the memory of a GPU is halved until it does."""
+    try:
+        yield from list(_work(task, [items[i] for i in unit], unit, model, generation, seed))
+    except torch.OutOfMemoryError:
+        if len(unit) == 1:
+            raise UserError("one prompt alone does not fit into this device's memory: use a smaller dtype") from None
+        print(
+            f"out of memory with {len(unit)} prompts: half as many; a smaller max_batch_tokens avoids this", flush=True
+        )
+        torch.cuda.empty_cache()
+        for half in (unit[: len(unit) // 2], unit[len(unit) // 2 :]):
+            yield from work(task, items, half, model, generation, seed)
+
+
+def _work(task, items: list[Item], indices: list[int], model: Model, generation, seed) -> Iterator[dict]:
+    if task.kind != "generate":
+        found = model.loglikelihoods([(item.context, item.continuations) for item in items])
+        for i, item, logliks in zip(indices, items, found, strict=True):
+            line = {"item": i, "doc": item.doc, "doc_sha": item.sha}
+            yield line | (
+                {"nats": -logliks[0], **item.counts} if item.counts else {"prompt": item.prompt, "logliks": logliks}
+            )
+        return
+    samples, length, stop = generation["num_samples"], generation["max_new_tokens"], generation["stop"]
+    sampling = Sampling(generation["temperature"], generation["top_p"])
+
+    def uniforms(i: int) -> torch.Tensor:
+        item, sample = items[i // samples], i % samples
+        key = hashlib.sha256(f"{seed} {item.sha} {sample}".encode()).digest()
+        return torch.rand(length, generator=torch.Generator().manual_seed(int.from_bytes(key[:7], "big")))
+
+    prompts = [item.context for item in items for _ in range(samples)]
+    written = model.generate(prompts, stop, length, sampling, uniforms if sampling.temperature else None)
+    for place, (i, item) in enumerate(zip(indices, items, strict=True)):
+        mine = written[place * samples : (place + 1) * samples]
+        unfinished = [len(tokens) == length and tokens[-1] not in model.stop_ids for tokens in mine]
+        texts = [model.text(tokens, stop) for tokens in mine]
+        unfinished = sum(
+            cut and text == model.text(tokens, ()) for cut, text, tokens in zip(unfinished, texts, mine, strict=True)
+        )
+        yield {
+            "item": i, "doc": item.doc, "doc_sha": item.sha, "prompt": item.prompt, "outputs": texts,
+            "tokens": [len(tokens) for tokens in mine], "unfinished": unfinished,
+        }  # fmt: skip
+
+
+def score(task: Task, rows: Sequence[dict], lines: Sequence[dict], strict: bool) -> tuple[list[dict], dict[str, dict]]:
+    """(lines of `scores.jsonl`, metrics) of a task's samples; `strict` is the sandbox's."""
+    if task.kind in ("rolling", "strided"):
+        return _perplexities(task, lines)
+    kept = [{"doc": line["doc"], "doc_sha": line["doc_sha"]} for line in lines]
+    if task.score is None:
+        return kept, {}
+    asked = [rows[line["doc"]] for line in lines]
+    options = {"strict": strict} if task.runs_code else {}
+    scores = task.score(asked, [line["logliks" if task.kind == "choice" else "outputs"] for line in lines], **options)
+    kept = [line | {"scores": each} for line, each in zip(kept, scores, strict=True)]
+    groups = [task.group(row) for row in asked] if task.group else None
+    if groups:
+        kept = [line | {"group": group} for line, group in zip(kept, groups, strict=True)]
+    return kept, {name: metric([each[name] for each in scores], groups) for name in scores[0]}
+
+
+def metric(values: Sequence[float], clusters: Sequence | None = None) -> dict:
+    """Mean, standard error and 95 % interval; of questions in clusters both take account of these."""
+    mean, stderr = mean_stderr(values) if clusters is None else clustered_stderr(values, clusters)
+    low, high = interval(values) if clusters is None else (mean - Z * stderr, mean + Z * stderr)
+    return _metric(mean, stderr, low, high, len(values))
+
+
+def _metric(value: float, stderr: float, low: float, high: float, n: int) -> dict:
+    known = stderr == stderr  # nan of a single value
+    return {"value": value, "stderr": stderr if known else None, "ci95": [low, high] if known else None, "n": n}
+
+
+def _perplexities(task: Task, lines: Sequence[dict]) -> tuple[list[dict], dict[str, dict]]:
+    """Nats over tokens, bytes and words of all windows; errors over documents, or windows where there is one text."""
+    documents: dict[int, dict] = {}
+    for line in lines:
+        document = documents.setdefault(line["doc"], {"doc": line["doc"], "doc_sha": line["doc_sha"], "scores": {}})
+        for name in ("nats", "tokens", "bytes", "words", "weight"):
+            if name in line:
+                document["scores"][name] = document["scores"].get(name, 0) + line[name]
+    kept = list(documents.values())
+    column = {name: [each["scores"][name] for each in kept] for name in kept[0]["scores"]}
+    whole = {name: sum(values) for name, values in column.items()}
+    if task.kind == "strided":  # the mean of each window, weighted by its targets less one
+        nats = [n / t * w for n, t, w in zip(column["nats"], column["tokens"], column["weight"], strict=True)]
+        column |= {"nats": nats, "tokens": column["weight"]}
+        weighted = perplexity_scores(sum(nats), whole["weight"], whole["bytes"], 1)
+        whole_text = perplexity_scores(whole["nats"], whole["tokens"], whole["bytes"], 1)
+        values = {"perplexity": weighted["perplexity"], "bits_per_byte": whole_text["bits_per_byte"]}
+    else:
+        values = perplexity_scores(whole["nats"], whole["tokens"], whole["bytes"], whole["words"])
+    metrics = {}
+    for name, value in values.items():
+        below = {"perplexity": "tokens", "word_perplexity": "words"}.get(name, "bytes")
+        if task.kind == "strided" and below == "bytes":  # of one stream, whose windows have no bytes of their own
+            metrics[name] = _metric(value, math.nan, 0, 0, len(kept))
+            continue
+        log, stderr = ratio_stderr(column["nats"], column[below])
+        if name == "bits_per_byte":
+            stderr /= math.log(2)
+            metrics[name] = _metric(value, stderr, value - Z * stderr, value + Z * stderr, len(kept))
+        else:  # d exp(x) = exp(x) dx
+            low, high = value * math.exp(-Z * stderr), value * math.exp(Z * stderr)
+            metrics[name] = _metric(value, value * stderr, low, high, len(kept))
+    return kept, metrics
