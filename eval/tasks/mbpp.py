@@ -1,5 +1,6 @@
 """MBPP (Austin et al. 2021): 500 small programs from a sentence and three tests."""
 
+import ast
 from functools import partial
 
 from llm_recipes.config import Source
@@ -17,8 +18,16 @@ def prompt(row: dict) -> str:
 
 
 def program(row: dict, text: str) -> Program:
-    """With `test_setup_code`, which other harnesses leave out: without it the reference of task 367 fails."""
-    return Program(text, "\n".join(row["test_list"]), setup_after=row["test_setup_code"])
+    """With `test_setup_code`, which other harnesses leave out: without it the reference of task 367 fails.
+
+    The tests see what the reference defines; one of its functions is called `sum`.
+    """
+    tests = "\n".join([row["test_setup_code"], *row["test_list"]])
+    defined = {
+        node.name for node in ast.walk(ast.parse(row["code"])) if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
+    return Program(text, tests, names=tuple(sorted(defined & used)))
 
 
 TASKS = {
@@ -38,7 +47,7 @@ TASKS = {
         delimiter="",
         stop=("[DONE]",),
         runs_code=True,
-        score=partial(program_scores, program=program),
+        score=partial(program_scores, program=program, cpu_seconds=10),  # the reference of task 123 takes 3
         hub=("google-research-datasets/mbpp", "mbpp"),
     )
 }

@@ -1,0 +1,102 @@
+"""How sure a score is, and a difference of two. Miller is Miller 2024 (arXiv 2411.00640)."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from llm_recipes.metrics import Z, wilson
+
+Z_POWER = 0.841621  # 80 % quantile of the normal distribution
+
+
+def _binary(values: np.ndarray) -> bool:
+    return bool(np.isin(values, (0, 1)).all())
+
+
+def mean_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, sample standard deviation / sqrt n), as lm-eval has it. The error of one value is NaN."""
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean: Wilson's where all values are 0 or 1, or else mean -+ 1.96 standard errors."""
+    values = np.asarray(values, dtype=np.float64)
+    if _binary(values):
+        return wilson(int(values.sum()), len(values))
+    mean, stderr = mean_stderr(values)
+    return mean - Z * stderr, mean + Z * stderr
+
+
+def ratio_stderr(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float]:
+    """(sum of numerators / sum of denominators, its standard error) over documents, such as nats a byte.
+
+    Linearised: the error of the mean of numerator - ratio * denominator, divided by the mean denominator (Cochran 1977,
+    chapter 6).
+    """
+    above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    ratio = float(above.sum() / below.sum())
+    return ratio, mean_stderr(above - ratio * below)[1] / float(below.mean())
+
+
+def clustered_stderr(values: Sequence[float], clusters: Sequence) -> tuple[float, float]:
+    """(mean, standard error) of values that are drawn in clusters, such as questions on one text (Miller, section 2)."""
+    mean, stderr = mean_stderr(values)
+    rest = np.asarray(values, dtype=np.float64) - mean
+    sums = np.bincount(np.unique(np.asarray(clusters), return_inverse=True)[1], weights=rest)
+    among = float((sums**2).sum() - (rest**2).sum()) / len(rest) ** 2  # pairs within a cluster
+    return mean, math.sqrt(stderr**2 + among)
+
+
+class Paired(NamedTuple):
+    """Scores b less scores a on the same items."""
+
+    difference: float
+    stderr: float
+    low: float  # of the 95 % interval
+    high: float
+    a_only: int  # items with the higher score in a
+    b_only: int
+    p: float | None  # two-sided, of McNemar's exact test; None where a score is neither 0 nor 1
+
+
+def paired(a: Sequence[float], b: Sequence[float], clusters: Sequence | None = None) -> Paired:
+    """Mean of the differences, which vary less than a difference of means does (Miller, section 4)."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"{len(a)} and {len(b)} scores are not of the same items")
+    mean, stderr = mean_stderr(b - a) if clusters is None else clustered_stderr(b - a, clusters)
+    a_only, b_only = int((a > b).sum()), int((b > a).sum())
+    p = sign_test(a_only, b_only) if _binary(a) and _binary(b) else None
+    return Paired(mean, stderr, mean - Z * stderr, mean + Z * stderr, a_only, b_only, p)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Exact two-sided p of `wins` against `losses` if both were as likely, without the ties: McNemar's test of two models,
+    by the items that one of them alone has right.
+    """
+    n = wins + losses
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that one of k programs drawn from n, of which c are right, is right (Chen et al. 2021, eq. 1)."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {c} right among {n} programs")
+    return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1))) if n - c >= k else 1.0
+
+
+def two_proportions(right_a: int, n_a: int, right_b: int, n_b: int) -> tuple[float, float]:
+    """95 % interval of right_b / n_b - right_a / n_a, of different items (Newcombe 1998, method 10)."""
+    a, b = right_a / n_a, right_b / n_b
+    (low_a, high_a), (low_b, high_b) = wilson(right_a, n_a), wilson(right_b, n_b)
+    return b - a - math.hypot(b - low_b, high_a - a), b - a + math.hypot(high_b - b, a - low_a)
+
+
+def detectable(stderr: float) -> float:
+    """The smallest true difference that is found at 5 % (two-sided) four times in five (Miller, section 5)."""
+    return (Z + Z_POWER) * stderr
