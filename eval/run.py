@@ -26,8 +26,9 @@ def main():
     processes = start(config)
     others = [name for name in config.tasks if name.startswith(lm_eval_tasks.PREFIX)]
     named = [name for name in config.tasks if name not in others]
-    tasks = load_tasks(Path(__file__).parent / "tasks", named) if named else {}
+    tasks = load_tasks(Path(__file__).parent / "tasks", named) if named or not others else {}
     check_keys(config, tasks)
+    lm_eval_tasks.check(others)
     folder = Path(config.output_dir)
 
     # 2. The model, whole on every process, and the prompts: all are built before they are shared out
@@ -64,7 +65,7 @@ def main():
 
     # 5. The table
     if processes.is_main_process:
-        (folder / "results.md").write_text(table(results) + "\n")
+        runs.write_text(folder / "results.md", table(results) + "\n")
         print(f"{table(results)}\n---- {folder}: results.json, results.md, and samples.jsonl of each task")
 
 

@@ -38,7 +38,7 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p
     """
     probs = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
-        likely, order = probs.sort(-1, descending=True, stable=True)
+        likely, order = probs.sort(dim=-1, descending=True, stable=True)
         kept = likely.cumsum(-1) - likely < top_p
         probs = probs * kept.scatter(1, order, kept)
     cumulated = probs.cumsum(-1)

@@ -26,10 +26,11 @@ SMALL = {
 
 def test_readme_commands_are_those_tested_here():
     words = {shlex.split(line)[0] for line in COMMANDS}
-    assert words == {"accelerate", "python", "make", "cp"} and len(COMMANDS) == 13
+    assert words == {"accelerate", "python", "make", "cp"} and len(COMMANDS) == 16
 
 
 CHAIN = [command for command in COMMANDS if re.fullmatch(r"python recipes/[\w/]+/run.py", command)]
+EVAL = [command for command in COMMANDS if command.startswith("python eval/")]
 
 
 def test_the_chain_of_the_readme_runs_without_arguments(tmp_path, monkeypatch):
@@ -69,10 +70,16 @@ def test_the_chain_of_the_readme_runs_without_arguments(tmp_path, monkeypatch):
         done = run(*words, script=Path(command.split()[1]).absolute())
         assert done.code == 0, done.err
     assert {p.name for p in Path("outputs").iterdir()} == {"pretrain", "sft", "reward", "ppo", "dpo"}
+    for command in EVAL:
+        _, script, *words = shlex.split(command)
+        done = run(*words, *(["--limit", 4] if script.endswith("run.py") else []), script=ROOT / script)
+        assert done.code == 0, done.err
+    assert "| arithmetic_chat (first 4) | exact_match_strict |" in done.out
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c.startswith(("python", "accelerate")) and (c not in CHAIN or "pretrain" in c)]
+    "command",
+    [c for c in COMMANDS if c.startswith(("python", "accelerate")) and (c not in CHAIN + EVAL or "pretrain" in c)],
 )
 def test_readme_command(tmp_path, monkeypatch, command):
     """As written, but for two steps on little data where the command leaves those open."""

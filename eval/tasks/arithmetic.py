@@ -8,13 +8,13 @@ from llm_recipes.evaluation.tasks import Task
 common = {
     "kind": "generate",
     "version": "1",
-    "data": (Source("builtin:arithmetic/test", rows=300),),
+    "data": (Source("builtin:arithmetic/test", rows=1000),),
     "columns": ("question", "answer"),
     "max_new_tokens": 96,
     "score": number_scores,
 }
 
-solved = [[turn["content"] for turn in problem] for problem in generate("sft", rows=300)["messages"]]
+solved = [[turn["content"] for turn in problem] for problem in generate("sft", rows=1000)["messages"]]
 
 TASKS = {
     "arithmetic": Task(

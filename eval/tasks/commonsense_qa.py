@@ -21,6 +21,7 @@ common = {
     "data": (Source("tau/commonsense_qa", split="validation"),),
     "columns": ("question", "choices", "answerKey"),
     "shots": (Source("tau/commonsense_qa", split="train"),),
+    "spare": 1,
     "hub": ("tau/commonsense_qa", "commonsense_qa"),
 }
 

@@ -30,6 +30,7 @@ TASKS = {
         columns=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
         prompt=begun,
         shots=(Source("Rowan/hellaswag", split="train"),),
+        spare=1,
         answer=lambda row: endings(row)[int(row["label"])],
         choices=endings,
         score=rows_choice_scores(endings, lambda row: int(row["label"]), ["acc", "acc_norm"]),

@@ -23,6 +23,7 @@ def detokenized(row: dict) -> str:
     for left, right, inside in ((r"\(", r"\)", r"[^\)]"), (r"\[", r"\]", r"[^\]]"), ("{", "}", "[^}]")):
         text = re.sub(rf"{left}\s*({inside}*?)\s*{right}", rf"{left[-1]}\1{right[-1]}", text)
     text = re.sub(r"\"\s*([^\"]*?)\s*\"", r'"\1"', text)
+    text = re.sub(r"'\s*([^']*?)\s*'", r"'\1'", text)
     for tokens, prose in (
         ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"),
         (" N ", " 1 "), (" 's", "'s"),

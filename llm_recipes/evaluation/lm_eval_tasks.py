@@ -1,5 +1,8 @@
 """Tasks that eval/tasks/ does not have, measured by lm-eval itself."""
 
+import functools
+from collections.abc import Sequence
+
 from llm_recipes.config import EvaluationConfig
 from llm_recipes.errors import UserError
 from llm_recipes.evaluation.model import Model
@@ -7,17 +10,30 @@ from llm_recipes.evaluation.model import Model
 PREFIX = "lm_eval:"
 
 
+@functools.cache
+def _manager():
+    from lm_eval.tasks import TaskManager  # only here: it is slow to import, and reads 15,000 files
+
+    return TaskManager()
+
+
+def check(names: Sequence[str]) -> None:
+    """Raises UserError for a name that lm-eval does not know."""
+    for name in names:
+        if not _manager().match_tasks([name.removeprefix(PREFIX)]):
+            raise UserError(f"tasks: lm-eval has no task {name.removeprefix(PREFIX)}: `lm_eval ls tasks` lists them")
+
+
 def measure(name: str, model: Model, config: EvaluationConfig) -> dict[str, dict]:
     """Entries of results.json for the task or group `name` of lm-eval. Raises UserError for what it refuses."""
     import lm_eval  # only here: it is slow to import
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     batch = max(1, min(64, config.max_batch_tokens // 1024))
     try:
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch), tasks=[name],
-            num_fewshot=config.num_fewshot, limit=config.limit, task_manager=TaskManager(), bootstrap_iters=0,
+            num_fewshot=config.num_fewshot, limit=config.limit, task_manager=_manager(), bootstrap_iters=0,
         )  # fmt: skip
     except Exception as error:  # every task has errors of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -7,20 +7,23 @@ answer's place in the batch goes to the next prompt, and logits are computed onl
 
 import copy
 import inspect
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from llm_recipes._compat import state_digest
 from llm_recipes.answers import draw, generate
-from llm_recipes.errors import RecipeExit
+from llm_recipes.errors import RecipeExit, UserError
 from llm_recipes.models import stop_ids
 
 WORTH_SHARING = 64  # tokens saved, below which another forward costs more than it spares
 ROWS = 32  # answers written at a time, at most
+CPU_TOKENS = 2048  # beyond these a matrix product leaves the cache: 8,192 took 1.17 times as long on HellaSwag
 
 
 class Sampling(NamedTuple):
@@ -31,7 +34,7 @@ class Sampling(NamedTuple):
 
 
 class Model:
-    """Raises RecipeExit where the model returns something that is not a number."""
+    """Raises UserError for a model that is not causal, RecipeExit where it returns something that is not a number."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, max_batch_tokens: int):
         self.model, self.tokenizer, self.max_batch_tokens = model.eval(), tokenizer, max_batch_tokens
@@ -42,7 +45,17 @@ class Model:
         self.pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last_logits = {"logits_to_keep": 1} if self.keeps_logits else {}
+        self.score_tokens = min(max_batch_tokens, CPU_TOKENS) if model.device.type == "cpu" else max_batch_tokens
+        self.fingerprint = state_digest(model)  # of the weights as they are used
+        self._check_causal()
         self.shares = self._can_share()
+
+    @torch.no_grad()
+    def _check_causal(self) -> None:
+        """An encoder such as BERT loads as a causal model too, and then sees what it is to predict."""
+        one, other = self.model(torch.tensor([[0, 1], [0, 2]], device=self.model.device)).logits[:, 0].float()
+        if not torch.allclose(one, other, rtol=0.05, atol=0.05, equal_nan=True):
+            raise UserError("model: it reads the tokens after the one it is to predict: it is no causal language model")
 
     # ---- text to ids ---------------------------------------------------------------------------------
 
@@ -53,9 +66,9 @@ class Model:
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """(ids of the context, ids of the continuation); white space at the seam belongs to the continuation."""
-        if not context:
-            return [self.prefix_id], self.tokenizer.encode(continuation, add_special_tokens=False)
         bare = context.rstrip()
+        if not bare:
+            return [self.prefix_id], self.tokenizer.encode(context + continuation, add_special_tokens=False)
         ids = self.encode(bare)
         return ids, self.encode(context + continuation)[len(ids) :]
 
@@ -94,31 +107,37 @@ class Model:
         out = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
         targets, _ = self._padded([cont[1:] for cont in conts], width, left=False)
         logprobs = out.logits.float().log_softmax(-1).gather(2, targets[..., None])[..., 0]
-        return _finite((logprobs * own).sum(1)).tolist()
+        return _finite((logprobs.double() * own).sum(1)).tolist()
 
     def _whole(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
-        """Log-probabilities of continuations, each sequence whole and padded on the right; lm-eval's way."""
-        found, order = [0.0] * len(pairs), sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+        """Log-probabilities of continuations, each sequence whole and padded on the right; lm-eval's way.
+
+        Continuations that differ in their last token alone, such as letters, are one sequence.
+        """
+        sequences: dict[tuple[int, ...], list[int]] = {}
+        for i, (context, cont) in enumerate(pairs):
+            sequences.setdefault(tuple((context + cont)[-(self.context + 1) :][:-1]), []).append(i)
+        found, order = [0.0] * len(pairs), sorted(sequences, key=len, reverse=True)
         while order:
-            longest = min(sum(map(len, pairs[order[0]])) - 1, self.context)
-            size = max(1, self.max_batch_tokens // longest)
-            rows, order = order[:size], order[size:]
-            inputs = [(pairs[i][0] + pairs[i][1])[-(self.context + 1) :][:-1] for i in rows]
-            ids, _ = self._padded(inputs, longest, left=False)
-            first = min(len(ids_) - len(pairs[i][1]) for i, ids_ in zip(rows, inputs, strict=True))
-            logits = self._forward(ids, first)
-            logprobs = logits.float().log_softmax(-1)
-            for row, i in enumerate(rows):
-                targets = torch.tensor(pairs[i][1], device=ids.device)
-                end = len(inputs[row]) - first
-                chosen = logprobs[row, end - len(targets) : end].gather(1, targets[:, None])[:, 0]
-                found[i] = _finite(chosen.sum()).item()
+            size = max(1, self.max_batch_tokens // len(order[0]))
+            inputs, order = order[:size], order[size:]
+            ids, _ = self._padded([list(each) for each in inputs], len(inputs[0]), left=False)
+            first = min(len(each) - len(pairs[i][1]) for each in inputs for i in sequences[each])
+            logprobs = self._logits(ids, first).float().log_softmax(-1)
+            for row, each in enumerate(inputs):
+                for i in sequences[each]:
+                    targets = torch.tensor(pairs[i][1], device=ids.device)
+                    end = len(each) - first
+                    chosen = logprobs[row, end - len(targets) : end].gather(1, targets[:, None])[:, 0]
+                    found[i] = _finite(chosen.sum()).item()
         return found
 
-    def _forward(self, ids: torch.Tensor, first: int) -> torch.Tensor:
-        """Logits `(B, T - first, V)` of the positions from `first` on."""
-        if not self.keeps_logits:
-            return self.model(ids, use_cache=False).logits[:, first:]
+    def _logits(self, ids: torch.Tensor, first: int) -> torch.Tensor:
+        """Logits `(B, T - first, V)` of the positions from `first` on; a product of other shape rounds otherwise, so where
+        each sequence is alone all are computed.
+        """
+        if not self.keeps_logits or self.max_batch_tokens == 1:
+            return self.model(ids).logits[:, first:]
         keep = torch.arange(first, ids.shape[1], device=ids.device)
         return self.model(ids, use_cache=False, logits_to_keep=keep).logits
 
@@ -126,21 +145,18 @@ class Model:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], stop: Sequence[str], max_new_tokens: int, sampling: Sampling = Sampling(),
+        self, prompts: list[list[int]], stop: Sequence[str], max_new_tokens: int, sampling: Sampling = Sampling(),  # noqa: B008
         uniforms: Callable[[int], torch.Tensor] | None = None,
     ) -> list[list[int]]:  # fmt: skip
         """Completions of token-id prompts, up to and with the token that ends the turn or completes a stop string.
 
-        Prompts may be repeated: each is read once. To sample, `uniforms(i)` gives the `max_new_tokens` random numbers
-        of prompt `i`; then an answer depends on its own numbers, not on what stands beside it.
+        A stop string that is a special token stops as a token: it is not in the text. Prompts may be repeated: each is
+        read once. To sample, `uniforms(i)` gives the `max_new_tokens` random numbers of prompt `i`; then an answer depends
+        on its own numbers, not on what stands beside it.
         """
-        if not self.shares:  # another kind of cache is the library's to handle
-            numbers = None if uniforms is None else torch.stack([uniforms(i) for i in range(len(prompts))])
-            return generate(
-                self.model, prompts, self.pad_id, max_new_tokens, numbers, *sampling, stop=sorted(self.stop_ids),
-                batch_size=self.rows(max(map(len, prompts)), max_new_tokens),
-                **({"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}),
-            )  # fmt: skip
+        if not self.shares:
+            return self._library(prompts, stop, max_new_tokens, sampling, uniforms)
+        ends = self.ends(stop)
         prefix = self._prefix(prompts)
         written, queue = (
             [[] for _ in prompts],
@@ -175,7 +191,7 @@ class Model:
             going = [
                 place
                 for place, (i, text) in enumerate(zip(rows, texts, strict=True))
-                if written[i][-1] not in self.stop_ids
+                if written[i][-1] not in ends
                 and len(written[i]) < max_new_tokens
                 and not any(end in text for end in stop)
             ]
@@ -187,6 +203,31 @@ class Model:
                 else:
                     cache = mask = None
         return written
+
+    def _library(self, prompts, stop, max_new_tokens, sampling, uniforms) -> list[list[int]]:
+        """`generate` with another kind of cache, which is the library's to handle."""
+        size, written = self.rows(max(map(len, prompts)), max_new_tokens), [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for rows in (order[start : start + size] for start in range(0, len(order), size)):
+            numbers = None if uniforms is None else torch.stack([uniforms(i) for i in rows])
+            stops = _Stop(self, stop, max(len(prompts[i]) for i in rows))
+            found = generate(
+                self.model, [prompts[i] for i in rows], self.pad_id, max_new_tokens, numbers, *sampling,
+                stop=sorted(self.ends(stop)), batch_size=size, stopping_criteria=StoppingCriteriaList([stops]),
+            )  # fmt: skip
+            for i, tokens in zip(rows, found, strict=True):  # padded, where others of the batch went on
+                end = bisect_left(range(len(tokens)), True, key=lambda n, of=tokens: self.stopped(of[: n + 1], stop))
+                written[i] = tokens[: end + 1]
+        return written
+
+    def ends(self, stop: Sequence[str]) -> set[int]:
+        """Ids after which an answer is over: the model's own, and the special tokens among the stop strings."""
+        special = self.tokenizer.added_tokens_decoder.items()
+        return self.stop_ids | {i for i, token in special if token.special and token.content in stop}
+
+    def stopped(self, tokens: list[int], stop: Sequence[str]) -> bool:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return any(end in text for end in stop)
 
     def text(self, tokens: list[int], stop: Sequence[str]) -> str:
         """The completion as text, cut before the first stop string."""
@@ -258,6 +299,17 @@ class Model:
             cache.batch_select_indices(index)
             mask, logits = mask[index], logits[index]
         return cache, mask, logits
+
+
+class _Stop(StoppingCriteria):
+    """True for answers, which begin at column `width`, with a stop string. The library's own reads the prompt too."""
+
+    def __init__(self, model: Model, stop: Sequence[str], width: int):
+        self.model, self.stop, self.width = model, stop, width
+
+    def __call__(self, input_ids, scores, **kwargs):
+        found = [self.model.stopped(tokens, self.stop) for tokens in input_ids[:, self.width :].tolist()]
+        return torch.tensor(found, device=input_ids.device)
 
 
 def _joined(cache, mask, new_cache, new_mask) -> tuple[DynamicCache, torch.Tensor]:

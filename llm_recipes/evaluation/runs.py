@@ -21,27 +21,22 @@ from llm_recipes.evaluation.tasks import Item, Task
 from llm_recipes.metrics import Z
 
 ROUNDS = 4  # times that each place of the batch is filled in a unit of answers
-ALONE = 8  # prompts a unit where each goes through the model alone
 
 
 def make_units(task: Task, items: Sequence[Item], model: Model, max_new_tokens: int, samples: int) -> list[list[int]]:
     """Indices of items that are worked on together: of one group, similar in length, the longest first."""
     order = sorted(range(len(items)), key=lambda i: (items[i].group or "", -_length(items[i]), i))
-    units, size, longest, group = [[]], 0, 0, None
+    units: list[list[int]] = []
     for i in order:
-        rows = max(1, len(items[i].continuations))
-        longest = longest if units[-1] else _length(items[i])
-        if task.kind == "generate":
-            full = len(units[-1]) * samples >= ROUNDS * model.rows(longest, max_new_tokens)
+        unit = units[-1] if units else []
+        if not unit or items[i].group != items[unit[0]].group:
+            full = True
+        elif task.kind == "generate":
+            full = len(unit) * samples >= ROUNDS * model.rows(_length(items[unit[0]]), max_new_tokens)
         else:
-            full = (size + rows) * longest > model.max_batch_tokens > 1 or len(
-                units[-1]
-            ) >= ALONE > model.max_batch_tokens
-        if units[-1] and (full or items[i].group != group):
-            units.append([])
-            size, longest = 0, _length(items[i])
-        units[-1].append(i)
-        size, group = size + rows, items[i].group
+            rows = sum(len(items[j].continuations) for j in (*unit, i))
+            full = rows * _length(items[unit[0]]) > model.score_tokens
+        units.append([i]) if full else unit.append(i)
     return sorted(units, key=lambda unit: -_length(items[unit[0]]))  # what does not fit into memory fails at once
 
 
@@ -97,7 +92,7 @@ def read_lines(folder: Path) -> dict[int, dict]:
         if not text.endswith(b"\n"):
             with path.open("r+b") as file:
                 file.truncate(text.rfind(b"\n") + 1)
-        for line in text[: text.rfind(b"\n") + 1].decode().splitlines():
+        for line in text[: text.rfind(b"\n") + 1].decode().split("\n")[:-1]:  # splitlines would part at U+2028 too
             row = json.loads(line)
             lines[row["item"]] = row
     return lines
@@ -160,7 +155,7 @@ def _work(task, items: list[Item], indices: list[int], model: Model, generation,
     written = model.generate(prompts, stop, length, sampling, uniforms if sampling.temperature else None)
     for place, (i, item) in enumerate(zip(indices, items, strict=True)):
         mine = written[place * samples : (place + 1) * samples]
-        unfinished = [len(tokens) == length and tokens[-1] not in model.stop_ids for tokens in mine]
+        unfinished = [len(tokens) == length and tokens[-1] not in model.ends(stop) for tokens in mine]
         texts = [model.text(tokens, stop) for tokens in mine]
         unfinished = sum(
             cut and text == model.text(tokens, ()) for cut, text, tokens in zip(unfinished, texts, mine, strict=True)
@@ -225,7 +220,7 @@ def _perplexities(task: Task, lines: Sequence[dict]) -> tuple[list[dict], dict[s
         if task.kind == "strided" and below == "bytes":  # of one stream, whose windows have no bytes of their own
             metrics[name] = _metric(value, math.nan, 0, 0, len(kept))
             continue
-        log, stderr = ratio_stderr(column["nats"], column[below])
+        _, stderr = ratio_stderr(column["nats"], column[below])
         if name == "bits_per_byte":
             stderr /= math.log(2)
             metrics[name] = _metric(value, stderr, value - Z * stderr, value + Z * stderr, len(kept))

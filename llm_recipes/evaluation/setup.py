@@ -7,9 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from llm_recipes import _compat, outputs, sandbox
+from llm_recipes import outputs, sandbox
 from llm_recipes.adapters import whole_model
 from llm_recipes.config import EvaluationConfig, unknown_key
 from llm_recipes.conversations import Encoder, load_chat_tokenizer
@@ -61,8 +62,6 @@ def start(config: EvaluationConfig) -> PartialState:
         ]
     if config.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         problems.append("backend: vllm is not installed: pip install -e '.[vllm]'")
-    if config.num_samples and config.num_samples > 1 and config.temperature == 0:
-        problems.append(f"num_samples: {config.num_samples} greedy answers are all the same: set a temperature")
     if config.rescore and config.dry_run:
         problems.append("rescore and dry_run exclude each other")
     if problems:
@@ -81,30 +80,39 @@ def load(config: EvaluationConfig, processes: PartialState, tasks: dict) -> tupl
             tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
         except (OSError, ValueError) as error:
             raise UserError(f"model: {name} has no tokenizer: {str(error).splitlines()[0]}") from error
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise UserError(f"model: the tokenizer of {name} has neither a BOS nor an EOS, so no text can begin")
         settings = trained_config(name, config, tokenizer)
         encoder = _encoder(name, config, tokenizer, [name for name, (_, task) in tasks.items() if task.chat])
     except UserError as error:
         raise UserError(str(error).replace("model_name_or_path", "model")) from error
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        name, config=settings, revision=config.model_revision, dtype=config.dtype, output_loading_info=True
-    )
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            name, config=settings, revision=config.model_revision, dtype=config.dtype, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise UserError(f"model: the weights of {config.model}: {str(error).splitlines()[0]}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"model: {config.model} has no weights for {', '.join(missing[:3])}")
-    fingerprint = _compat.state_digest(loaded)
+    if processes.device.type == "cpu":  # off the file's mapping: how that is aligned shows in the last bit
+        for weight in loaded.parameters():
+            weight.data = weight.data.clone()
+    if config.backend == "vllm":
+        from llm_recipes.evaluation.vllm_backend import VllmModel  # only here: it needs a GPU
+
+        model = VllmModel(loaded, tokenizer, config, name)
+    else:
+        model = Model(loaded.to(processes.device), tokenizer, config.max_batch_tokens)
     record = outputs.describe({}, {})
     head = {
         "model": {
-            "name": config.model, "revision": config.model_revision, "fingerprint": fingerprint,
+            "name": config.model, "revision": config.model_revision, "fingerprint": model.fingerprint,
             "dtype": str(loaded.dtype).removeprefix("torch."), "parameters": loaded.num_parameters(),
         },
         "versions": record["versions"], "git_commit": record["git_commit"], "device": processes.device.type,
         "world_size": processes.num_processes, "backend": config.backend,
     }  # fmt: skip
-    if config.backend == "vllm":
-        from llm_recipes.evaluation.vllm_backend import VllmModel  # only here: it needs a GPU
-
-        return VllmModel(loaded, tokenizer, config, name), encoder, head
-    return Model(loaded.to(processes.device), tokenizer, config.max_batch_tokens), encoder, head
+    return model, encoder, head
 
 
 def _encoder(
@@ -127,8 +135,6 @@ def prepare(
     n = task.num_fewshot if config.num_fewshot is None else config.num_fewshot
     if n and task.answer is None:
         raise UserError(f"num_fewshot: {name} takes no examples")
-    if task.runs_code and config.temperature == 0 and task.num_samples > 1 and config.num_samples is None:
-        raise UserError(f"temperature: {name} draws {task.num_samples} answers, which would all be the same")
     files = config.data_files.get(family)
     all_rows = read_rows(task, name, family, task.data, files)
     rows = choose_rows(task, name, all_rows, config.limit)
@@ -136,6 +142,12 @@ def prepare(
     if n and pool and not isinstance(pool[0], dict):
         pool = [row for row in read_rows(task, name, family, pool, files) if task.shot(row)]
     shots = examples(task, name, rows, pool, n)
+    own = [i for i, (row, few) in enumerate(zip(rows, shots, strict=True)) if row in few]
+    if own and isinstance(files, str):
+        raise UserError(
+            f"num_fewshot: {name}: row {own[0]} stands among its own examples ({len(own)} such rows): give these a file "
+            f"of their own: --data_files '{{{family}: {{{', '.join(f'{split}: ...' for split in _splits(task))}}}}}'"
+        )
     data = {"path": _said(task, files), "sha256": digest([rows, shots])}
     layers = sandbox.require(config.sandbox == "strict") if task.runs_code else None
     facts = {
@@ -148,7 +160,8 @@ def prepare(
         return job
     if task.kind == "generate":
         given = {key: getattr(config, key) for key in OF_ANSWERS if getattr(config, key) is not None}
-        job.generation = {key: getattr(task, key) for key in OF_ANSWERS} | given | {"stop": list(task.stop)}
+        turn_end = [encoder.tokenizer.convert_ids_to_tokens(encoder.stop_id)] if task.chat else []
+        job.generation = {key: getattr(task, key) for key in OF_ANSWERS} | given | {"stop": [*task.stop, *turn_end]}
         if job.generation["temperature"]:
             job.facts["seed"] = config.seed
         most = model.context // 2
@@ -166,17 +179,28 @@ def prepare(
         job.notes.append(
             f"{cut} of {len(rows):,} prompts cut on the left: with the answer they may have {model.context} tokens"
         )
+    if not job.items:
+        raise UserError(f"{name}: there is no text in {data['path']}")
+    if task.kind == "rolling" and (empty := len(rows) - len({item.doc for item in job.items})):
+        job.notes.append(f"{empty} of {len(rows):,} texts are empty: there is nothing to score")
     job.units = runs.make_units(
         task, job.items, model, length or 0, job.generation["num_samples"] if job.generation else 1
     )
     job.facts |= {"generation": job.generation, "truncated": cut}
     job.identity |= {
-        "model": _compat.state_digest(model.model), "dtype": str(model.model.dtype), "protocol": task.version,
+        "model": model.fingerprint, "dtype": str(model.model.dtype), "protocol": task.version,
         "prompts": digest([[item.context, item.continuations] for item in job.items]), "generation": job.generation,
         "seed": config.seed if job.generation and job.generation["temperature"] else None,
         "max_batch_tokens": config.max_batch_tokens, "backend": config.backend,
+        "config": digest({**model.model.config.to_diff_dict(), "transformers_version": None}),
+        "stop_ids": sorted(model.stop_ids),
     }  # fmt: skip
     return job
+
+
+def _splits(task: Task) -> list[str]:
+    """The splits that the task reads."""
+    return sorted({source.split for source in (*task.data, *task.shots) if not isinstance(source, dict)})
 
 
 def _said(task: Task, files: str | dict | None) -> str:
@@ -197,10 +221,25 @@ def check_keys(config: EvaluationConfig, tasks: dict) -> None:
         values = list(files.values()) if isinstance(files, dict) else [files]
         if not values or not all(isinstance(value, str) for value in values):
             raise UserError(f"data_files: {family}: expects a path, or one a split, such as {{test: file.jsonl}}")
-    kinds = {task.kind for _, task in tasks.values()}
+        mine = {name: task for name, (its, task) in tasks.items() if its == family}
+        splits = sorted({split for task in mine.values() for split in _splits(task)})
+        if isinstance(files, dict) and (unknown := [split for split in files if split not in splits]):
+            known = unknown_key(unknown[0], splits, "split")
+            raise UserError(f"data_files: {family}: {known}; it reads {', '.join(splits) or 'none'}")
+        if any(task.data != next(iter(mine.values())).data for task in mine.values()):
+            raise UserError(f"data_files: {family}: {' and '.join(mine)} have rows of their own: run them one by one")
+    writing = {name: task for name, (_, task) in tasks.items() if task.kind == "generate"}
     for key in OF_ANSWERS:
-        if getattr(config, key) is not None and "generate" not in kinds:
+        if getattr(config, key) is not None and not writing:
             raise UserError(f"{key}: no task of this run writes answers")
+    warm = [n for n, t in writing.items() if (t.temperature if config.temperature is None else config.temperature)]
+    for name, task in writing.items():
+        if (samples := config.num_samples or task.num_samples) > 1 and name not in warm:
+            raise UserError(f"num_samples: {samples} greedy answers of {name} are all the same: set a temperature")
+    if config.top_p is not None and (config.top_p > 1 or not warm):
+        raise UserError(
+            "top_p: " + (f"a share, at most 1, got {config.top_p}" if warm else "answers are greedy: set a temperature")
+        )
 
 
 def check_folder(folder: Path, jobs: list[Job], head: dict | None, config: EvaluationConfig) -> dict:

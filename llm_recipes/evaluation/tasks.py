@@ -43,12 +43,13 @@ class Task:
     score: Callable[[Sequence[dict], Sequence], list[dict[str, float]]] | None = None
     keep: Callable[[dict], bool] = lambda row: True
     held_out: tuple[float, int] | None = None  # share and seed of a training recipe: its held-out rows alone
-    group: Callable[[dict], str] | None = None  # whose means are reported too
+    group: Callable[[dict], str] | None = None  # in scores.jsonl, and a cluster for the standard error
     # examples before the question
     num_fewshot: int = 0
     shots: tuple[Source, ...] | tuple[dict, ...] = ()
     shot: Callable[[dict], bool] = lambda row: True  # which rows may be one
     draw: Literal["random", "first"] = "random"
+    spare: int = 0  # of random examples drawn and dropped: 1 where lm-eval thinks that the row itself may be among them
     answer: Callable[[dict], str] | None = None
     delimiter: str = " "  # between question and answer
     description: Callable[[dict], str] = lambda row: ""
@@ -144,10 +145,10 @@ def examples(task: Task, name: str, rows: list[dict], pool: list[dict], n: int) 
     if not n:
         return [[] for _ in rows]
     if task.draw == "random":
-        if n > len(pool):
-            raise UserError(f"num_fewshot: {name} has {len(pool)} examples, fewer than {n}")
-        random = Random(SEED)
-        return [random.sample(pool, n) for _ in rows]
+        if n + task.spare > len(pool):
+            raise UserError(f"num_fewshot: {name} has {len(pool)} examples, fewer than {n + task.spare}")
+        random = Random(SEED)  # noqa: S311
+        return [random.sample(pool, n + task.spare)[:n] for _ in rows]
     grouped: dict[str | None, list[dict]] = {}
     for row in pool:
         grouped.setdefault(task.group and task.group(row), []).append(row)
@@ -176,13 +177,21 @@ def build(
         return (rolling if task.kind == "rolling" else strided)(task, rows, model), 0
     items, cut = [], 0
     for i, (row, few) in enumerate(zip(rows, shots, strict=True)):
-        prompt = question(task, row, few)
-        item = Item(i, digest(row)[:16], prompt, [], group=task.group and task.group(row))
+        choices = []
+        try:
+            prompt, group = question(task, row, few), task.group and task.group(row)
+            if task.kind == "choice":
+                choices = task.choices(row)
+                task.score([row], [[0.0] * len(choices)])  # now, not when all answers are there
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"row {i} is not one of this benchmark: {type(error).__name__}: {error}") from error
+        item = Item(i, digest(row)[:16], prompt, [], group=group)
         if task.kind == "choice":
-            pairs = [model.encode_pair(prompt, task.delimiter + choice) for choice in task.choices(row)]
+            pairs = [model.encode_pair(prompt, task.delimiter + choice) for choice in choices]
             item.context, item.continuations = pairs[0][0], [continuation for _, continuation in pairs]
-            if empty := [j for j, ids in enumerate(item.continuations) if not ids]:
-                raise UserError(f"row {i}: choice {empty[0]} is empty")
+            for j, ids in enumerate(item.continuations):
+                if not 0 < len(ids) <= model.context:
+                    raise UserError(f"row {i}: choice {j} has {len(ids)} tokens; the model reads 1 to {model.context}")
             cut += len(item.context) + max(map(len, item.continuations)) > model.context + 1
         else:
             ids = _chat_ids(encoder, prompt, task.begun and task.begun(row), i) if task.chat else model.encode(prompt)
@@ -214,10 +223,7 @@ def rolling(task: Task, rows: list[dict], model: Model) -> list[Item]:
         while done < len(ids):
             size = min(model.context, len(ids) - done)
             end = done + size
-            if done == 0:
-                context = [model.prefix_id]
-            else:
-                context = ids[max(0, end - model.context - 1) : done]
+            context = ids[max(0, end - model.context - 1) : done] if done else [model.prefix_id]
             counts = {"tokens": size, "bytes": 0, "words": 0}
             if done == 0:
                 counts |= {"bytes": len(raw.encode()), "words": len(re.split(r"\s+", raw))}

@@ -26,7 +26,7 @@ class VllmModel(Model):
         options = [
             SamplingParams(
                 temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=max_new_tokens, stop=list(stop),
-                stop_token_ids=sorted(self.stop_ids), include_stop_str_in_output=True,
+                stop_token_ids=sorted(self.ends(stop)), include_stop_str_in_output=True,
                 seed=None if uniforms is None else int(uniforms(i)[0] * 2**31),
             )
             for i in range(len(prompts))
