@@ -61,7 +61,7 @@ class _Draw(LogitsProcessor):
 @torch.no_grad()
 def generate(
     model, prompts: list[list[int]], pad_id: int, max_new_tokens: int, uniforms: torch.Tensor | None = None,
-    temperature: float = 1.0, top_p: float = 1.0, stop: list[int] | None = None, batch_size: int = 64, **options,
+    temperature: float = 1.0, stop: list[int] | None = None, batch_size: int = 64, top_p: float = 1.0, **options,
 ) -> list[list[int]]:  # fmt: skip
     """Completions of token-id prompts up to the first of `stop` (the model's own without), which stays in: greedy, or drawn
     at `temperature` with the random numbers `uniforms` `(n, max_new_tokens)`.

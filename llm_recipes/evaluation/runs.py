@@ -34,10 +34,15 @@ def make_units(task: Task, items: Sequence[Item], model: Model, max_new_tokens: 
         elif task.kind == "generate":
             full = len(unit) * samples >= ROUNDS * model.rows(_length(items[unit[0]]), max_new_tokens)
         else:
-            rows = sum(len(items[j].continuations) for j in (*unit, i))
-            full = rows * _length(items[unit[0]]) > model.score_tokens
+            rows = sum(_rows(items[j]) for j in (*unit, i))
+            full = rows * _length(items[unit[0]]) > model.max_batch_tokens
         units.append([i]) if full else unit.append(i)
     return sorted(units, key=lambda unit: -_length(items[unit[0]]))  # what does not fit into memory fails at once
+
+
+def _rows(item: Item) -> int:
+    """Sequences in memory: one for each choice; choices of one token follow from the context's."""
+    return max(1, sum(len(ids) > 1 for ids in item.continuations))
 
 
 def _length(item: Item) -> int:

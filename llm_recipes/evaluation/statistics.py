@@ -79,8 +79,11 @@ def sign_test(wins: int, losses: int) -> float:
     """Exact two-sided p of `wins` against `losses` if both were as likely, without the ties: McNemar's test of two models,
     by the items that one of them alone has right.
     """
-    n = wins + losses
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n)
+    n, ways, few = wins + losses, 1, 0
+    for k in range(min(wins, losses) + 1):
+        few += ways
+        ways = ways * (n - k) // (k + 1)  # n over k + 1, far faster than each anew
+    return min(1.0, 2 * few / 2**n)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
