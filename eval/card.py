@@ -18,7 +18,8 @@ from llm_recipes.errors import UserError, entrypoint
 from llm_recipes.evaluation.lm_eval_tasks import PREFIX
 from llm_recipes.evaluation.results import load_results
 from llm_recipes.evaluation.runs import write_text
-from llm_recipes.evaluation.tasks import load_tasks
+from llm_recipes.evaluation.setup import OF_ANSWERS
+from llm_recipes.evaluation.tasks import Task, load_tasks
 
 FRONT = re.compile(r"\A(\s*---[ \t]*\r?\n)(.*?)^(---[ \t]*(?:\r?\n|\Z))", re.S | re.M)
 INDEX = re.compile(r"^model-index:.*?(?=^[^\s\-#]|\Z)", re.S | re.M)  # up to the next key
@@ -26,6 +27,20 @@ INDEX = re.compile(r"^model-index:.*?(?=^[^\s\-#]|\Z)", re.S | re.M)  # up to th
 
 def percent(name: str, metric: dict) -> float:
     return round(metric["value"] * (1 if "perplexity" in name or "bits" in name else 100), 4)
+
+
+def left_out(task: Task | None, result: dict) -> str | None:
+    """Why a result is not what the Hub's readers take it for."""
+    if task is None or task.hub is None:
+        return "not the protocol of a benchmark of the Hub"
+    if result["limit"]:
+        return "the first rows alone"
+    if result["data"]["own_files"]:
+        return "its rows are your own files"
+    generation = result["generation"] or {}
+    keys = [key for key in OF_ANSWERS if key in generation and generation[key] != getattr(task, key)]
+    keys += ["num_fewshot"] if result["num_fewshot"] != task.num_fewshot else []
+    return f"{', '.join(keys)} is not the benchmark's" if keys else None
 
 
 def card_with(text: str, name: str, results: list[EvalResult]) -> str:
@@ -60,21 +75,18 @@ def main():
     tasks = load_tasks(Path(__file__).parent / "tasks", named) if named else {}
     taken, results = [], []
     for name, result in found["tasks"].items():
-        hub = tasks[name][1].hub if name in tasks else None
-        if result["limit"] or not hub or not result["metrics"]:
-            why = "the first rows alone" if result["limit"] else "no score" if hub else "not a benchmark of the Hub"
+        task = tasks[name][1] if name in tasks else None
+        if why := left_out(task, result):
             print(f"{name} is left out: {why}")
             continue
+        dataset, hub_name, headline = task.hub
         metrics = {metric: percent(metric, values) for metric, values in result["metrics"].items()}
-        main_one = next(
-            (metric for metric in ("acc_norm", "word_perplexity") if metric in metrics), next(iter(metrics))
-        )
-        notes = f"{main_one}; {result['num_fewshot']}-shot; {result['version']}; {result['protocol']}; n={result['n']}"
-        entry = EvalResultEntry(*hub, metrics[main_one], notes=f"{notes}; rows of {result['data']['path']}")
+        notes = f"{headline}; {result['num_fewshot']}-shot; {result['version']}; {result['protocol']}; n={result['n']}"
+        entry = EvalResultEntry(dataset, hub_name, metrics[headline], notes=notes)
         taken.append((name, yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)))
         results += [
             EvalResult(
-                task_type="text-generation", dataset_type=hub[0], dataset_name=hub[1], metric_type=metric,
+                task_type="text-generation", dataset_type=dataset, dataset_name=hub_name, metric_type=metric,
                 metric_value=value, metric_name=f"{name} {metric}",
             )
             for metric, value in metrics.items()

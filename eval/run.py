@@ -15,7 +15,7 @@ from llm_recipes.config import EvaluationConfig, parse
 from llm_recipes.errors import entrypoint
 from llm_recipes.evaluation import lm_eval_tasks, runs
 from llm_recipes.evaluation.results import add_result, table
-from llm_recipes.evaluation.setup import check_folder, check_keys, describe, load, prepare, start
+from llm_recipes.evaluation.setup import check_folder, check_keys, describe, load, prepare, run_facts, start
 from llm_recipes.evaluation.tasks import load_tasks
 
 
@@ -55,12 +55,14 @@ def main():
 
         # 4. Scores and results, task by task, so that a later one's failure loses nothing
         if processes.is_main_process:
-            lines = runs.joined(folder / job.name)
-            entry, scores = job.result(lines, time.perf_counter() - started)
+            seconds = None if config.rescore else time.perf_counter() - started
+            lines = runs.in_order(folder / job.name) if config.rescore else runs.joined(folder / job.name)
+            entry, scores = job.result(lines, seconds)
             runs.write_lines(folder / job.name / "scores.jsonl", scores)
             results = add_result(folder, head, job.name, entry)
     for name in others:
-        for task, entry in lm_eval_tasks.measure(name.removeprefix(lm_eval_tasks.PREFIX), model, config).items():
+        found = lm_eval_tasks.measure(name.removeprefix(lm_eval_tasks.PREFIX), model, config, run_facts(config))
+        for task, entry in found.items():
             results = add_result(folder, head, task, entry)
 
     # 5. The table

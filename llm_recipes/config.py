@@ -577,7 +577,7 @@ def _from_text(text: str, hint, choices):
         return text
     except ValueError:
         if hint == list[str]:
-            return [part.strip() for part in text.split(",")]
+            return [part.strip() for part in text.split(",") if part.strip()]
         return text if str in (typing.get_args(hint) or (hint,)) else value
     return value
 

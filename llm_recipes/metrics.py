@@ -28,7 +28,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     p = right / n
     centre, half = p + Z**2 / (2 * n), Z * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     low, high = (centre - half) / (1 + Z**2 / n), (centre + half) / (1 + Z**2 / n)
-    return float(max(0, low)), float(min(1, high))  # rounding may step over
+    return (float(low) if right else 0.0), (float(high) if right < n else 1.0)  # rounding misses the ends
 
 
 def meta_model(config: PreTrainedConfig) -> nn.Module:

@@ -3,7 +3,9 @@
 A program and its tests are two processes that share nothing but a pipe for plain values: numbers, strings, bytes, lists,
 tuples, dicts and sets. The program never sees a test, an expected value or the verdict. What it returns is rebuilt from
 exact built-in types, so neither a value that claims to equal everything nor a walk through the interpreter's frames
-passes. What is no plain value stays with the program; the tests hold a handle that equals nothing but itself.
+passes. Plain are also Decimal, Fraction, range, dates and times, and the views of a dict. What is no plain value stays
+with the program; the tests hold a handle that equals nothing but itself, and the program answers for its length, its truth,
+its text and what is `in` it.
 
 Arguments are copies: what a function does to its arguments does not reach the tests. A program has the standard library,
 no installed package, no asyncio (which needs sockets), and a folder that is gone afterwards. What it can still learn of
@@ -27,15 +29,18 @@ from llm_recipes.errors import UserError
 
 LAYERS = ("rlimits", "namespaces", "landlock", "seccomp")
 CHILD = Path(__file__).with_name("_sandbox_child.py")
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}  # the same verdict every time
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}  # sets in the same order every time
 
 
 @dataclass(frozen=True)
 class Program:
     """Code and what is to become of it.
 
-    `names`: what the tests take from the program; without, all public names that they use and that are neither a
-    built-in, nor defined by `setup`, nor a module of the standard library (the tests get the real module).
+    `names`: what the tests take from the program, best said where it is known. Without it, all names that the tests use
+    and that neither they nor `setup` define, but for helpers: built-ins, and modules of the standard library of which they
+    use attributes alone (`math.isclose`). Helpers are the real ones whatever the program defines, unless the tests use one
+    helper and nothing else, errors apart: then that must be what is tested (`assert sum(2, 3) == 6`). A module's name used
+    in any other way (`statistics(3)`) is the program's. What the program does not define is Python's own.
     """
 
     code: str  # written by a model

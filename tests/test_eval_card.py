@@ -24,7 +24,7 @@ def entry(value: float = 0.25, metric: str = "exact_match_strict", **keys) -> di
     metrics = {metric: {"value": value, "stderr": 0.1, "ci95": [0.1, 0.4], "n": 40}}
     return {
         "version": "lm-eval 3", "protocol": "as published", "num_fewshot": 5, "seed": 1234, "n": 40, "limit": None,
-        "data": {"path": "openai/gsm8k", "sha256": "0" * 64}, "generation": None, "sandbox": None, "truncated": 0,
+        "data": {"path": "openai/gsm8k", "own_files": False, "sha256": "0" * 64}, "generation": None, "sandbox": None, "truncated": 0,
         "unfinished": 0, "seconds": 1.0, "metrics": metrics,
     } | keys  # fmt: skip
 
@@ -49,22 +49,30 @@ def card() -> ModelCard:
 
 
 def test_both_formats(measured, tmp_path):
-    names = {"value": 0.5, "metric": "acc_norm"}
-    wikitext = entry(26.5, "word_perplexity")
+    names = {"value": 0.5, "metric": "acc_norm", "num_fewshot": 0}
+    wikitext = entry(26.5, "word_perplexity", num_fewshot=0)
+    own = entry(data=entry()["data"] | {"path": "mine.jsonl", "own_files": True})
+    warm = {"max_new_tokens": 1024, "num_samples": 1, "temperature": 0.7, "top_p": 1.0, "stop": []}
     measured(
         gsm8k=entry(), hellaswag=entry(**names), wikitext=wikitext, mmlu=entry(limit=5), arithmetic=entry(),
+        gsm8k_chat=entry(), commonsense_qa=own, arc_easy=entry(num_fewshot=25), humaneval=entry(generation=warm, num_fewshot=0),
         **{"lm_eval:piqa": entry()},
     )  # fmt: skip
     (tmp_path / "model/README.md").write_text(FRONT.format("") + BODY)
     done = run("run", "model", script=CARD)
     assert done.code == 0, done.err
     assert "mmlu is left out: the first rows alone" in done.out
-    assert "arithmetic is left out: not a benchmark of the Hub" in done.out and "lm_eval:piqa is left out" in done.out
+    for name, why in (
+        ("arithmetic", "not the protocol of a benchmark of the Hub"), ("commonsense_qa", "its rows are your own files"),
+        ("gsm8k_chat", "not the protocol"), ("lm_eval:piqa", "not the protocol"),
+        ("arc_easy", "num_fewshot is not the benchmark's"), ("humaneval", "temperature is not the benchmark's"),
+    ):  # fmt: skip
+        assert f"{name} is left out: {why}" in done.out
     folder = tmp_path / "model/.eval_results"
     assert sorted(path.name for path in folder.iterdir()) == ["gsm8k.yaml", "hellaswag.yaml", "wikitext.yaml"]
     (gsm8k,) = parse_eval_result_entries(yaml.safe_load((folder / "gsm8k.yaml").read_text()))
     assert (gsm8k.dataset_id, gsm8k.task_id, gsm8k.value) == ("openai/gsm8k", "gsm8k", 25.0)
-    assert gsm8k.notes == "exact_match_strict; 5-shot; lm-eval 3; as published; n=40; rows of openai/gsm8k"
+    assert gsm8k.notes == "exact_match_strict; 5-shot; lm-eval 3; as published; n=40"
     values = {(r.dataset_type, r.metric_type): r.metric_value for r in card().data.eval_results}
     assert values == {
         ("openai/gsm8k", "exact_match_strict"): 25.0,

@@ -81,6 +81,7 @@ def files(**given) -> list[str]:
     [
         (["--tasks", "helaswag"], "tasks: unknown task `helaswag`, did you mean `hellaswag`?"),
         (["--tasks", "gsm8k,helaswag"], "did you mean `hellaswag`?"),
+        (["--tasks", "lm_eval:no_such_task"], "tasks: lm-eval has no task no_such_task"),
         (["--tasks", "gsm8k, mmlu_close"], "unknown task `mmlu_close`, did you mean `mmlu_cloze`?"),
         (["--tasks", "[]"], "tasks: name at least one of "),
         (["--tasks", "gsm8k", "--num_fewshots", 3], "unknown key `num_fewshots`, did you mean `num_fewshot`?"),
@@ -210,6 +211,29 @@ def test_rows_that_are_broken(refused, tmp_path, rows, said):
     assert said in refused("--tasks", "hellaswag", *files(hellaswag="rows.jsonl"))
 
 
+def test_answers_that_are_no_text_are_found_before_the_model_runs(refused, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [{"question": "Two and two?", "answer": 4}])
+    said = refused("--tasks", "gsm8k_chat", *files(gsm8k="rows.jsonl"))
+    assert "gsm8k_chat: row 0 has 4 in its column answer, where str belongs" in said
+
+
+def test_folders_that_cannot_be_written(refused, monkeypatch, capfd, models, tmp_path):
+    (tmp_path / "file").write_text("")
+    base = str(models / "base")
+    for folder, said in (
+        ("file", "not a folder"),
+        ("/proc/x", "cannot be written"),
+        ("", "empty: not a folder"),
+        (base, "holds a model"),
+    ):
+        argv = ["--model", base, "--tasks", "humaneval", "--output_dir", folder]
+        done = evaluate(monkeypatch, capfd, *argv)
+        assert done.code == 2 and f"output_dir: {folder}" in done.err and said in done.err, done.err
+    assert "is a file: give the folder" in refused(
+        "--tasks", "humaneval", "--model", str(models / "base/model.safetensors")
+    )
+
+
 def test_broken_json_with_its_line(refused, tmp_path):
     text = Path(HELLASWAG).read_text().splitlines()
     (tmp_path / "rows.jsonl").write_text("\n".join([*text[:2], text[2][:40], *text[3:]]))
@@ -221,6 +245,8 @@ def test_examples_from_the_test_itself(refused):
     """One file for all splits would put the question, with its answer, before itself."""
     said = refused("--tasks", "gsm8k", *files(gsm8k=GSM8K["test"]), "--num_fewshot", 3)
     assert "stands among its own examples" in said and "{gsm8k: {test: ..., train: ...}}" in said
+    twice = {"test": GSM8K["test"], "train": GSM8K["test"]}
+    assert "stands among its own examples" in refused("--tasks", "gsm8k", *files(gsm8k=twice), "--num_fewshot", 3)
 
 
 def test_too_few_examples(refused):

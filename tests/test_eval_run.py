@@ -40,8 +40,8 @@ def written(folder, names=("samples.jsonl", "scores.jsonl", "identity.json")) ->
     found = {str(path.relative_to(folder)): path.read_bytes() for name in names for path in Path(folder).rglob(name)}
     head = results(folder)
     for task in head["tasks"].values():
-        del task["seconds"]
-    return found | {"results.json": {key: value for key, value in head.items() if key != "world_size"}}
+        del task["seconds"], task["run"]["world_size"]
+    return found | {"results.json": head}
 
 
 # ---- what is written -------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_an_adapter_is_merged(ours, tmp_path, chat):
         expected = logprobs.gather(1, torch.tensor(continuation)[:, None]).sum().item()
         assert loglik == pytest.approx(expected, abs=2e-3)
     other = ours(*only("hellaswag", "--model", chat, "--max_batch_tokens", 1), "--output_dir", "out")
-    assert other.code == 2 and "holds results of another model (./adapter)" in other.err
+    assert other.code == 2 and "holds results of another model (./adapter, float32)" in other.err
 
 
 # ---- once, twice, killed, in two processes ---------------------------------------------------------
@@ -237,7 +237,7 @@ def test_two_processes_write_the_same(tmp_path, monkeypatch, chat, whole):
     monkeypatch.chdir(tmp_path)
     done = launch("ddp", "--model", chat, *FEW, "--output_dir", "out", script=EVALUATE)
     assert done.code == 0, done.err
-    assert written("out") == whole and results("out")["world_size"] == 2
+    assert written("out") == whole and results("out")["tasks"]["hellaswag"]["run"]["world_size"] == 2
     assert not list(Path("out").rglob("part-*"))
 
 
@@ -302,6 +302,30 @@ def test_rescore_needs_no_model(ours, tmp_path, chat):
     missing = ours("--model", model, "--tasks", "arithmetic", "--output_dir", "out", "--rescore")
     assert missing.code == 2 and "has no finished answers of arithmetic" in missing.err
     assert written("out") == before
+    other = ours("--model", chat, *argv[2:], "--rescore")
+    assert other.code == 2 and "are of " in other.err
+    changed = ours(*argv, "--rescore", "--temperature", 0.7)
+    assert changed.code == 2 and "temperature was 0.0" in changed.err, changed.err
+    path = Path("out/hellaswag/samples.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    torn = ours(*argv, "--rescore")
+    assert torn.code == 2 and "is not whole" in torn.err and written("out")["results.json"] == before["results.json"]
+    path.write_text("not json\n")
+    damaged = ours(*argv, "--rescore")
+    assert damaged.code == 2 and "line 1 is damaged" in damaged.err
+    path.unlink()
+    gone = ours(*argv, "--rescore")
+    assert gone.code == 2 and "is not whole" in gone.err and not path.exists()
+
+
+def test_a_changed_protocol_is_not_put_on_old_answers(ours, chat):
+    argv = only("hellaswag", "--model", chat, "--output_dir", "out")
+    assert ours(*argv).code == 0
+    identity = Path("out/hellaswag/identity.json")
+    identity.write_text(identity.read_text().replace('"protocol": "lm-eval 1"', '"protocol": "lm-eval 0"'))
+    for more in ((), ("--rescore",)):
+        done = ours(*argv, *more)
+        assert done.code == 2 and "lm-eval 0" in done.err and "lm-eval 1" in done.err, done.err
 
 
 def test_dry_run_writes_nothing(ours, chat):

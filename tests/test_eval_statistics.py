@@ -9,6 +9,7 @@ from scipy import stats
 from llm_recipes.evaluation.statistics import (
     clustered_stderr,
     detectable,
+    estimate,
     interval,
     mean_stderr,
     paired,
@@ -42,7 +43,9 @@ def test_shares_have_wilsons_interval(right, n):
 
 def test_other_scores_have_a_normal_interval():
     assert interval([2.0, 4.0, 9.0]) == approx((5 - 1.959964 * math.sqrt(13 / 3), 5 + 1.959964 * math.sqrt(13 / 3)))
-    assert interval([0, 1, 0.5]) == approx((0.5 - 1.959964 / math.sqrt(12), 0.5 + 1.959964 / math.sqrt(12)))
+    values = [0, 1, 0.5] * 10
+    half = 1.959964 * np.std(values, ddof=1) / math.sqrt(30)
+    assert interval(values) == approx((0.5 - half, 0.5 + half))
 
 
 def test_the_error_of_a_ratio_agrees_with_the_bootstrap():
@@ -66,23 +69,64 @@ def test_the_clustered_error():
     many = values * 50
     assert clustered_stderr(many + many, [*range(300)] * 2) == approx(mean_stderr(many), rel=2e-3)
     # all pairs within a cluster, by brute force; cluster names may be texts in any order
-    values = [draw.random() for _ in range(60)]
-    clusters = [draw.choice("abcdefgh") for _ in values]
-    rest = np.array(values) - np.mean(values)
-    among = sum(rest[i] * rest[j] for i, j in itertools.permutations(range(60), 2) if clusters[i] == clusters[j])
-    expected = math.sqrt(mean_stderr(values)[1] ** 2 + among / 60**2)
-    assert clustered_stderr(values, clusters) == (approx(np.mean(values)), approx(expected))
+    values = [draw.random() for _ in range(100)]
+    clusters = [f"cluster {draw.randrange(25)}" for _ in values]
+    rest, g = np.array(values) - np.mean(values), len(set(clusters))
+    among = sum(rest[i] * rest[j] for i, j in itertools.product(range(100), repeat=2) if clusters[i] == clusters[j])
+    expected = math.sqrt(among * g / (g - 1)) / 100
+    assert g >= 20 and clustered_stderr(values, clusters) == (approx(np.mean(values)), approx(expected))
+
+
+def test_few_clusters_are_none():
+    """The residuals of one cluster sum to 0, and those of two nearly so: an error of 0 would be worth nothing."""
+    draw = random.Random(0)
+    values = [float(draw.random() < 0.25) for _ in range(190)]
+    for clusters in (["a"] * 190, [i // 95 for i in range(190)], [i // 10 for i in range(190)]):
+        assert clustered_stderr(values, clusters) == mean_stderr(values) and estimate(values, clusters) == estimate(
+            values
+        )
+        assert paired(values, values[::-1], clusters) == paired(values, values[::-1])
+    twenty = [i % 20 for i in range(190)]
+    assert clustered_stderr(values, twenty)[1] != mean_stderr(values)[1]
+    assert paired(values, values[::-1], twenty).stderr != paired(values, values[::-1]).stderr
+
+
+@pytest.mark.parametrize("groups", [None, 1, 19, 20, 40])
+def test_the_interval_of_an_estimate(groups):
+    draw = random.Random(1)
+    clusters = groups and [i % groups for i in range(80)]
+    values = [float(draw.random() < 0.05) for _ in range(80)]
+    mean, stderr, low, high = estimate(values, clusters)
+    assert (mean, stderr) == clustered_stderr(values, clusters) and 0 <= low < mean < high <= 1
+    plain = groups is None or groups < 20
+    wilson = tuple(stats.binomtest(int(sum(values)), 80).proportion_ci(0.95, "wilson"))
+    assert (low, high) == approx(
+        wilson if plain else (max(0, mean - 1.959964 * stderr), mean + 1.959964 * stderr), abs=1e-6
+    )
+    # all alike: no clusters have been seen to differ
+    for value, right in ((0.0, 0), (1.0, 80), (0.5, 40), (0.1, 8)):
+        mean, stderr, low, high = estimate([value] * 80, clusters)
+        expected = stats.binomtest(right, 80).proportion_ci(0.95, "wilson")
+        assert (mean, stderr) == approx((value, 0)) and (low, high) == approx(tuple(expected), abs=1e-6)
+    # shares stay shares, whatever their spread; other numbers do not
+    mean, stderr, low, high = estimate([0.0] * 78 + [0.1, 1.0], clusters)
+    assert low == 0 and mean < high == approx(mean + 1.959964 * stderr)
+    mean, stderr, low, high = estimate([0.0] * 78 + [0.1, 2.0], clusters)
+    assert low == approx(mean - 1.959964 * stderr) and low < 0 < mean < high
+    assert math.isnan(estimate([1.0], ["a"])[1])
 
 
 def test_clustered_errors_cover():
     """Of means of clusters that go up and down together, about 95 % lie within 1.96 clustered errors of the truth; the
     plain error is far too sure."""
-    draw, hits = np.random.default_rng(0), np.zeros(2)
-    for _ in range(1000):
-        values = np.repeat(draw.normal(size=60), 8) + 0.3 * draw.normal(size=480)
-        for i, (mean, stderr) in enumerate((clustered_stderr(values, np.repeat(range(60), 8)), mean_stderr(values))):
-            hits[i] += abs(mean) < 1.96 * stderr
-    assert 0.92 < hits[0] / 1000 < 0.98 and hits[1] / 1000 < 0.7
+    draw = np.random.default_rng(0)
+    for g in (20, 60):
+        hits = np.zeros(2)
+        for _ in range(1000):
+            values = np.repeat(draw.normal(size=g), 8) + 0.3 * draw.normal(size=8 * g)
+            for i, (mean, stderr) in enumerate((clustered_stderr(values, np.repeat(range(g), 8)), mean_stderr(values))):
+                hits[i] += abs(mean) < 1.96 * stderr
+        assert 0.92 < hits[0] / 1000 < 0.98 and hits[1] / 1000 < 0.7
 
 
 def test_paired_by_hand():
@@ -113,7 +157,7 @@ def test_paired_is_of_the_same_items():
     assert found.stderr == approx(back.stderr) and (found.a_only, found.b_only) == (back.b_only, back.a_only)
     assert same[:6] == (0, 0, 0, 0, 0, 0)
     assert paired(a, b, range(50))[:6] == approx(found[:6])
-    assert paired(a, b, [0, 1] * 25).stderr == approx(clustered_stderr(b - a, [0, 1] * 25)[1])
+    assert paired(a, b, [*range(25)] * 2).stderr == approx(clustered_stderr(b - a, [*range(25)] * 2)[1])
     with pytest.raises(ValueError, match="50 and 49 scores"):
         paired(a, b[:-1])
 

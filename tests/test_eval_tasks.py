@@ -227,8 +227,10 @@ def test_choices(name, path, split, names, bos):
 def test_choices_with_examples(tmp_path, name, path, split):
     """Random ones, from a split of their own."""
     rows = lines(DATA / f"{name.removesuffix('_easy')}.jsonl")
-    train = write_rows(tmp_path / "train.jsonl", [row | {"id": str(i)} for i, row in enumerate(rows * 4)])
-    test = write_rows(tmp_path / "test.jsonl", [row | {"id": "of the test"} for row in rows * 2])
+    key = "activity_label" if name == "hellaswag" else "question"
+    others = [row | {key: f"{row[key]} Number {i}"} for i, row in enumerate(rows * 4)]  # no row among its own examples
+    train = write_rows(tmp_path / "train.jsonl", others)
+    test = write_rows(tmp_path / "test.jsonl", rows * 2)
     task = referee(path, {"train": train, split: test}, num_fewshot=2)
     model = tiny(1, context=2048)
     check_choices(task, job(name, {"train": train, split: test}, model, num_fewshot=2), model, ["acc"])
@@ -342,7 +344,8 @@ def test_strided_perplexity(tmp_path, context, budget):
     assert metrics["perplexity"]["value"] == pytest.approx(expected, rel=1e-5)
     assert sum(line["tokens"] for line in samples) == encodings.size(1) - 1  # all but the first
     nats = sum(line["nats"] for line in samples)
-    bits = nats / math.log(2) / len("\n\n".join(texts).encode())
+    first = tokenizer().decode(encodings[0, :1])
+    bits = nats / math.log(2) / (len("\n\n".join(texts).encode()) - len(first.encode()))
     assert metrics["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-12)
 
 
@@ -405,7 +408,7 @@ def test_a_task_of_lm_eval(tmp_path, monkeypatch):
     model = tiny(1, context=512)
     config = EvaluationConfig("x", ["lm_eval:sciq"], "x", limit=2)
     small(monkeypatch, THEIRS / "sciq")
-    (name, entry), = lm_eval_tasks.measure("sciq", model, config).items()  # fmt: skip
+    (name, entry), = lm_eval_tasks.measure("sciq", model, config, {}).items()  # fmt: skip
     assert name == "lm_eval:sciq" and entry["n"] == entry["limit"] == 2 and set(entry["metrics"]) == {"acc", "acc_norm"}
     assert entry["metrics"]["acc"]["n"] == 2 and 0 <= entry["metrics"]["acc"]["value"] <= 1
 
@@ -418,3 +421,10 @@ def small(monkeypatch, folder: Path) -> None:
 
     manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False, include_path=str(folder))
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+
+
+def test_a_chat_about_math_is_judged_by_what_it_was_asked_for():
+    rows = lines(DATA / "math.jsonl")
+    ((_, task),) = load_tasks(ROOT / "eval/tasks", ["math_chat"]).values()
+    assert task.score(rows, [[row["solution"]] for row in rows]) == [{"math_verify": 1.0}] * len(rows)
+    assert task.score(rows, [["It is 7."] for _ in rows])[0] == {"math_verify": 0.0}

@@ -8,6 +8,7 @@ the key, if any, in OPENAI_API_KEY) has to reply with the letter.
 """
 
 import argparse
+import http.client
 import json
 import os
 import re
@@ -23,7 +24,9 @@ from llm_recipes.adapters import whole_model
 from llm_recipes.conversations import Encoder, Unusable, load_chat_tokenizer
 from llm_recipes.errors import UserError, entrypoint
 from llm_recipes.evaluation.model import Model
-from llm_recipes.evaluation.preference import read_key, write_jsonl
+from llm_recipes.evaluation.preference import read_key
+from llm_recipes.evaluation.results import check_output
+from llm_recipes.evaluation.runs import write_lines
 
 BATCH = 65536  # tokens at a time, at most; --batch_size binds before
 
@@ -96,17 +99,17 @@ def ask(url: str, model: str, text: str) -> str | None:
     headers = {"Content-Type": "application/json"}
     if secret := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {secret}"
-    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)  # noqa: S310
+    address = f"{url.rstrip('/')}/chat/completions"
     try:
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers)  # noqa: S310
         with urllib.request.urlopen(request, timeout=600) as reply:  # noqa: S310
-            said = json.load(reply)["choices"][0]["message"]["content"]
+            letter = re.match(r"\W*([AB])\b", json.load(reply)["choices"][0]["message"]["content"] or "")
     except urllib.error.HTTPError as error:
         if error.code in (400, 413):
             return None
         raise UserError(f"{url} replies {error.code}: {error.read(300).decode(errors='replace')}") from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{url}: {error}") from error
-    letter = re.match(r"\W*([AB])\b", said or "")
     return letter[1] if letter else "none"
 
 
@@ -135,7 +138,10 @@ def main():
         raise UserError(f"{output} is there already: choose another --output")
     if bool(args.endpoint) != bool(args.judge_model) or not (args.endpoint or "http").startswith("http"):
         raise UserError("--endpoint http://... and --judge_model belong together")
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size}: needs a number of prompts above 0")
     items, texts = read_key(args.sheets)["items"], []
+    check_output(output)
     for item in items:
         for a, b in (item["answers"], item["answers"][::-1]):
             texts.append(JUDGING.format(prompt=item["prompt"], a=a, b=b))
@@ -151,7 +157,7 @@ def main():
     said = f"{len(items) - len(rows)} of {len(items)} items left out, whose prompts {too_long}"
     if not rows:
         raise UserError(said)
-    write_jsonl(output, rows)
+    write_lines(output, rows)
     agreed, unanswered = (sum(test(row) for row in rows) for test in (
         lambda row: row["first"] == row["second"] != "none", lambda row: "none" in (row["first"], row["second"])
     ))  # fmt: skip

@@ -6,17 +6,22 @@ Prints tables and writes report.json beside the sheets. docs/preference.md says 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from llm_recipes.errors import UserError, entrypoint
-from llm_recipes.evaluation.preference import make_report, read_jsonl, read_key, read_votes, write
+from llm_recipes.evaluation.preference import make_report, read_judged, read_key, read_votes
+from llm_recipes.evaluation.results import check_output
+from llm_recipes.evaluation.runs import write_json
+
+NO_INTERVAL = "[no interval]"
+WHY = f"""{NO_INTERVAL}: the draws of the bootstrap are all alike, as where there is one prompt or nothing but ties, or more than
+5 % of them have no value, which report.json counts"""
 
 
 def figure(value: float | None, ends: list[float] | None, scale: float = 100, digits: int = 1) -> str:
     if value is None:
         return "-"
-    interval = f" [{scale * ends[0]:.{digits}f}, {scale * ends[1]:.{digits}f}]" if ends else " [no interval]"
+    interval = f" [{scale * ends[0]:.{digits}f}, {scale * ends[1]:.{digits}f}]" if ends else f" {NO_INTERVAL}"
     return f"{scale * value:.{digits}f}{interval}"
 
 
@@ -49,21 +54,19 @@ def main():
     parser.add_argument("--judge", help="judge.jsonl of judge.py")
     args = parser.parse_args()
 
-    key = read_key(args.sheets)
-    votes, judged = read_votes(args.sheets, key), read_jsonl(args.judge) if args.judge else []
+    key, output = read_key(args.sheets), check_output(Path(args.sheets, "report.json"))
+    votes, judged = read_votes(args.sheets, key), read_judged(args.judge, key) if args.judge else []
     if not votes and not judged:
         raise UserError(f"{args.sheets} has no votes yet: see eval/preference/page.py, or give --judge")
-    if unknown := {row.get("item") for row in judged} - {item["item"] for item in key["items"]}:
-        raise UserError(f"{args.judge} judges {len(unknown)} items that are not in {args.sheets}")
-    report = make_report(key, votes, judged)
-    write(Path(args.sheets, "report.json"), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    report, said = make_report(key, votes, judged), []
+    write_json(output, report)
 
     for rater, found in report["raters"].items():
-        print(f"{rater}: {found['votes']} of {report['items']} items, left wins {share(found['left_wins'])}")
+        said.append(f"{rater}: {found['votes']} of {report['items']} items, left wins {share(found['left_wins'])}")
     for entry in report["identical"]:
-        print(f"{' | '.join(entry['models'])}: {entry['count']} identical answers, not judged")
+        said.append(f"{' | '.join(entry['models'])}: {entry['count']} identical answers, not judged")
     if votes:
-        print(f"left wins {share(report['left_wins'])} decided votes\n\n{comparison(report)}")
+        said.append(f"left wins {share(report['left_wins'])} decided votes\n\n{comparison(report)}")
         ratings = report["ratings"]
         rows = [
             [model, quality, figure(r["mean"], r["ci95"], 1, 2), figure(r["share_4_or_5"], r["share_4_or_5_ci95"]), r["n"]]
@@ -71,19 +74,20 @@ def main():
             for quality, r in qualities.items()
         ]  # fmt: skip
         if rows:
-            print(table("model | quality | mean of 1 to 5 | 4 or 5, % | ratings", rows))
+            said.append(table("model | quality | mean of 1 to 5 | 4 or 5, % | ratings", rows))
             for quality, found in ratings["alpha"].items():
                 alpha = "not defined" if found["alpha"] is None else f"{found['alpha']:.2f}"
-                print(f"{quality}: ordinal alpha {alpha} on {found['units']} answers rated twice or more")
+                said.append(f"{quality}: ordinal alpha {alpha} on {found['units']} answers rated twice or more")
     if judged:
         found = report["judge"]
-        print(
-            f"\njudge {found['name']}, {found['items']} items in both orders, {found['no_answer']} replies were no answer"
-        )
-        print(f"same answer in both orders {share(found['position_consistency'])} items")
-        print(f"the answer shown first wins {share(found['first_shown_wins'])} replies")
-        print(f"agrees with the raters' majority {share(found['agreement_with_raters'])} items\n\n{comparison(found)}")
-    print(f"written: {Path(args.sheets, 'report.json')}")
+        said += [
+            f"\njudge {found['name']}, {found['items']} items in both orders, {found['no_answer']} replies were no answer",
+            f"same answer in both orders {share(found['position_consistency'])} items",
+            f"the answer shown first wins {share(found['first_shown_wins'])} replies",
+            f"agrees with the raters' majority {share(found['agreement_with_raters'])} items\n\n{comparison(found)}",
+        ]
+    said += [WHY] if any(NO_INTERVAL in text for text in said) else []
+    print("\n".join([*said, f"written: {output}"]))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ def arc(name: str) -> Task:
         version="lm-eval 1",
         protocol="no options listed; likeliest answer, as it is and for each character",
         data=(Source("allenai/ai2_arc", name=name, split="test"),),
-        columns=("question", "choices", "answerKey"),
+        columns={"question": str, "choices": dict, "answerKey": str},
         prompt=lambda row: f"Question: {row['question']}\nAnswer:",
         shots=(Source("allenai/ai2_arc", name=name, split="train"),),
         answer=lambda row: row["choices"]["text"][gold(row)],
         choices=lambda row: row["choices"]["text"],
         score=rows_choice_scores(lambda row: row["choices"]["text"], gold, ["acc", "acc_norm"]),
-        hub=("allenai/ai2_arc", name),
+        hub=("allenai/ai2_arc", name, "acc_norm"),
     )
 
 

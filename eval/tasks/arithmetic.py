@@ -9,7 +9,7 @@ common = {
     "kind": "generate",
     "version": "1",
     "data": (Source("builtin:arithmetic/test", rows=1000),),
-    "columns": ("question", "answer"),
+    "columns": {"question": str, "answer": str},
     "max_new_tokens": 96,
     "score": number_scores,
 }
@@ -19,7 +19,7 @@ solved = [[turn["content"] for turn in problem] for problem in generate("sft", r
 TASKS = {
     "arithmetic": Task(
         **common,
-        protocol="GSM8K's: a solved problem before the question; the number after ####, and the last number",
+        protocol="GSM8K's: solved problems before the question; the number after ####, and the last number",
         prompt=lambda row: f"Question: {row['question']}\nAnswer:",
         num_fewshot=1,  # the small models of these recipes read 256 tokens
         shots=tuple({"question": question, "answer": answer} for question, answer in solved),

@@ -19,10 +19,9 @@ def gold(row: dict) -> int:
 common = {
     "kind": "choice",
     "data": (Source("tau/commonsense_qa", split="validation"),),
-    "columns": ("question", "choices", "answerKey"),
+    "columns": {"question": str, "choices": dict, "answerKey": str},
     "shots": (Source("tau/commonsense_qa", split="train"),),
     "spare": 1,
-    "hub": ("tau/commonsense_qa", "commonsense_qa"),
 }
 
 TASKS = {
@@ -34,6 +33,7 @@ TASKS = {
         answer=lambda row: row["answerKey"],
         choices=lambda row: LETTERS,
         score=rows_choice_scores(lambda row: LETTERS, gold, ["acc"]),
+        hub=("tau/commonsense_qa", "commonsense_qa", "acc"),
     ),
     "commonsense_qa_cloze": Task(
         **common,

@@ -15,8 +15,7 @@ STOP = ("</s>", "<|im_end|>")
 common = {
     "kind": "generate",
     "data": (Source("openai/gsm8k", name="main", split="test"),),
-    "columns": ("question", "answer"),
-    "hub": ("openai/gsm8k", "gsm8k"),
+    "columns": {"question": str, "answer": str},
 }
 chain_of_thought = common | {
     "version": "lm-eval 3",
@@ -35,10 +34,11 @@ TASKS = {
         answer=lambda row: row["answer"],
         stop=("Question:", *STOP),
         score=number_scores,
+        hub=("openai/gsm8k", "gsm8k", "exact_match_strict"),
     ),
     "gsm8k_cot": Task(
         **chain_of_thought,
-        protocol="the eight worked examples of Wei et al. 2022; the number after 'The answer is', and the last number",
+        protocol="the worked examples of Wei et al. 2022; the number after 'The answer is', and the last number",
         prompt=lambda row: f"Q: {row['question']}\nA:",
         num_fewshot=8,
         shots=tuple(map(json.loads, SHOTS.read_text().splitlines())),

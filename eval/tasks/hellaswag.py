@@ -27,13 +27,13 @@ TASKS = {
         version="lm-eval 1",
         protocol="likeliest ending, as it is and for each character",
         data=(Source("Rowan/hellaswag", split="validation"),),
-        columns=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+        columns={"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": str},
         prompt=begun,
         shots=(Source("Rowan/hellaswag", split="train"),),
         spare=1,
         answer=lambda row: endings(row)[int(row["label"])],
         choices=endings,
         score=rows_choice_scores(endings, lambda row: int(row["label"]), ["acc", "acc_norm"]),
-        hub=("Rowan/hellaswag", "hellaswag"),
+        hub=("Rowan/hellaswag", "hellaswag", "acc_norm"),
     )
 }

@@ -24,11 +24,10 @@ def instructed(row: dict, text: str) -> Program:
 common = {
     "kind": "generate",
     "data": (Source(HUMAN_EVAL),),
-    "columns": ("task_id", "prompt", "entry_point", "test"),
+    "columns": dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str),
     "stop": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
     "max_new_tokens": 1024,
     "runs_code": True,
-    "hub": ("openai/openai_humaneval", "humaneval"),
 }
 sampled = {"num_samples": 64, "temperature": 0.2, "top_p": 0.95}
 
@@ -39,6 +38,7 @@ TASKS = {
         protocol="the prompt as it is, greedy; pass@1",
         prompt=lambda row: row["prompt"],
         score=partial(program_scores, program=program),
+        hub=("openai/openai_humaneval", "humaneval", "pass@1"),
     ),
     "humaneval_64": Task(
         **common,

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from llm_recipes.config import Source
-from llm_recipes.evaluation.scores import math_scores
+from llm_recipes.evaluation.scores import boxed_scores, math_scores
 from llm_recipes.evaluation.tasks import Task
 
 SHOTS = Path(__file__).parent / "shots/minerva_math.jsonl"  # the four of Lewkowycz et al. 2022, appendix D
@@ -16,22 +16,22 @@ SUBJECTS = (
 common = {
     "kind": "generate",
     "data": tuple(Source("EleutherAI/hendrycks_math", name=subject, split="test") for subject in SUBJECTS),
-    "columns": ("problem", "solution"),
-    "score": math_scores,
-    "hub": ("EleutherAI/hendrycks_math", "minerva_math"),
+    "columns": {"problem": str, "solution": str},
 }
 
 TASKS = {
     "minerva_math": Task(
         **common,
         version="lm-eval 3.1, 1,024 tokens",
-        protocol="four worked examples; 'The final answer is' compared as formulas, and math-verify on the whole answer",
+        protocol="worked examples; 'The final answer is' compared as formulas, and math-verify on the whole answer",
         prompt=lambda row: f"Problem:\n{row['problem']}\n\nSolution:",
         num_fewshot=4,
         shots=tuple(map(json.loads, SHOTS.read_text().splitlines())),
         draw="first",
         answer=lambda row: row["solution"],
         stop=("Problem:",),
+        score=math_scores,
+        hub=("EleutherAI/hendrycks_math", "minerva_math", "exact_match"),
         max_new_tokens=1024,  # lm-eval's 256 cut the solutions of stronger models
     ),
     "math_chat": Task(
@@ -41,5 +41,6 @@ TASKS = {
         prompt=lambda row: f"{row['problem']}\nThink step by step, and put the final answer in \\boxed{{}}.",
         max_new_tokens=1024,
         chat=True,
+        score=boxed_scores,
     ),
 }

@@ -34,9 +34,9 @@ TASKS = {
     "mbpp": Task(
         kind="generate",
         version="lm-eval 1, with test_setup_code",
-        protocol="tasks 2, 3 and 4 before the task, greedy; pass@1",
+        protocol="solved tasks before the task, 2, 3 and 4, greedy; pass@1",
         data=(Source("google-research-datasets/mbpp", name="full", split="test"),),
-        columns=("task_id", "text", "code", "test_list", "test_setup_code"),
+        columns={"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str},
         keep=lambda row: 11 <= row["task_id"] <= 510,
         prompt=prompt,
         num_fewshot=3,
@@ -48,6 +48,6 @@ TASKS = {
         stop=("[DONE]",),
         runs_code=True,
         score=partial(program_scores, program=program, cpu_seconds=10),  # the reference of task 123 takes 3
-        hub=("google-research-datasets/mbpp", "mbpp"),
+        hub=("google-research-datasets/mbpp", "mbpp", "pass@1"),
     )
 }

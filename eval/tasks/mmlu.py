@@ -15,18 +15,17 @@ def listed(row: dict) -> str:
 common = {
     "kind": "choice",
     "data": (Source("cais/mmlu", name="all", split="test"),),
-    "columns": ("question", "choices", "answer", "subject"),
+    "columns": {"question": str, "choices": list, "answer": int, "subject": str},
     "group": lambda row: row["subject"],
     "shots": (Source("cais/mmlu", name="all", split="dev"),),
     "draw": "first",
-    "hub": ("cais/mmlu", "mmlu"),
 }
 
 TASKS = {
     "mmlu": Task(
         **common,
         version="lm-eval 1",
-        protocol="the first five of dev before the question; likeliest letter",
+        protocol="the first of dev before the question; likeliest letter",
         num_fewshot=5,
         description=lambda row: (
             f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}.\n\n"
@@ -35,6 +34,7 @@ TASKS = {
         answer=lambda row: LETTERS[row["answer"]],
         choices=lambda row: LETTERS,
         score=rows_choice_scores(lambda row: LETTERS, lambda row: row["answer"], ["acc"]),
+        hub=("cais/mmlu", "mmlu", "acc"),
     ),
     "mmlu_cloze": Task(
         **common,

@@ -13,7 +13,7 @@ TASKS = {
                 "tatsu-lab/alpaca_farm", name="alpaca_farm_evaluation", split="eval", columns={"prompt": "instruction"}
             ),
         ),
-        columns=("prompt",),
+        columns={"prompt": str},
         prompt=lambda row: row["prompt"],
         max_new_tokens=512,
         chat=True,

@@ -8,7 +8,7 @@ import re
 from llm_recipes.config import Source
 from llm_recipes.evaluation.tasks import Task
 
-common = {"version": "1", "data": (Source("builtin:python"),), "columns": ("text",), "held_out": (0.02, 42)}
+common = {"version": "1", "data": (Source("builtin:python"),), "columns": {"text": str}, "held_out": (0.02, 42)}
 
 
 def detokenized(row: dict) -> str:
@@ -50,10 +50,10 @@ TASKS = {
         version="lm-eval 2",
         protocol="lm-eval's rolling windows over detokenised pages, words and bytes of the page as it was",
         data=(Source("EleutherAI/wikitext_document_level", name="wikitext-2-raw-v1", split="test"),),
-        columns=("page",),
+        columns={"page": str},
         prompt=detokenized,
         counted=lambda row: row["page"],
-        hub=("EleutherAI/wikitext_document_level", "wikitext"),
+        hub=("EleutherAI/wikitext_document_level", "wikitext", "word_perplexity"),
     ),
 }
 GROUPS = {"perplexity": ["perplexity_rolling", "perplexity_strided"]}

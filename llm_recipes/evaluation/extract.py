@@ -1,7 +1,7 @@
 """Answers out of text, and whether two are the same, with the results of lm-eval 0.4.13.
 
-GSM8K after lm_eval/tasks/gsm8k; MATH after minerva_math (Lewkowycz et al. 2022, appendix D) and hendrycks_math
-(Hendrycks et al. 2021), whose tables of words are copied here; math-verify is its own library.
+GSM8K after lm_eval/tasks/gsm8k; MATH after minerva_math (Lewkowycz et al. 2022, appendix D), whose table of words is
+copied here; math-verify is its own library.
 """
 
 import importlib.metadata
@@ -121,61 +121,6 @@ def normalize_final_answer(answer: str) -> str:
         answer = re.sub(pattern, replacement, answer)
     answer = answer.replace("$", "")
     return answer.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+", answer) else answer
-
-
-def hendrycks_answer(text: str) -> str:
-    """What is between the first and the last `$`; the whole text where there are not two."""
-    parts = text.split("$")
-    return "$".join(parts[1:-1]) if len(parts) > 2 else text
-
-
-def hendrycks_equal(predicted: str, gold: str) -> bool:
-    """Equal after Hendrycks' normalisation, or as they stand where one of them breaks it."""
-    try:
-        return _hendrycks(predicted) == _hendrycks(gold)
-    except (IndexError, ValueError):
-        return predicted == gold
-
-
-def _hendrycks(text: str) -> str:
-    """Raises IndexError or ValueError where the original raises; `hendrycks_equal` depends on it."""
-    for before, after in (
-        ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""), ("\\right", ""),
-        ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""),
-    ):  # fmt: skip
-        text = text.replace(before, after)
-    if "\\text{ " in text:  # a unit
-        text, _ = text.split("\\text{ ")
-    text = text.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
-    if not text:
-        return text
-    if text[0] == ".":
-        text = "0" + text
-    sides = text.split("=")
-    if len(sides) == 2 and len(sides[0]) <= 2:
-        text = sides[1]
-    head, *roots = text.split("\\sqrt")
-    text = head + "".join("\\sqrt" + (part if part[0] == "{" else f"{{{part[0]}}}{part[1:]}") for part in roots)
-    text = _braced_fractions(text.replace(" ", ""))
-    if text == "0.5":
-        return "\\frac{1}{2}"
-    sides = text.split("/")
-    if len(sides) == 2:
-        above, below = map(int, sides)
-        if text == f"{above}/{below}":
-            return f"\\frac{{{above}}}{{{below}}}"
-    return text
-
-
-def _braced_fractions(text: str) -> str:
-    head, *parts = text.split("\\frac")
-    for part in parts:
-        if part[0] != "{":
-            if len(part) < 2:
-                return text
-            part = f"{{{part[0]}}}" + (part[1:] if part[1] == "{" else f"{{{part[1]}}}{part[2:]}")
-        head += "\\frac" + part
-    return head
 
 
 # ---- comparisons that may not end ------------------------------------------------------------------

@@ -20,12 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from llm_recipes.errors import UserError
+from llm_recipes.evaluation.results import check_output
+from llm_recipes.evaluation.runs import write_json, write_lines, write_text
 from llm_recipes.evaluation.statistics import sign_test
 from llm_recipes.metrics import wilson
 
 QUALITIES = ("helpful", "harmless", "honest")  # Askell et al. 2021, arXiv 2112.00861
 RATINGS = tuple(f"{side}_{quality}" for side in ("left", "right") for quality in QUALITIES)
 VOTES = ("left", "right", "tie", "bad")
+ITEM = {"item", "prompt_id", "prompt", "models", "answers", "left"}  # what key.json has of each
 SCORES = {"a": 1.0, "b": 0.0, "tie": 0.5, "bad": 0.5}
 ELO = 400 / math.log(10)  # points a unit of log-odds
 UNDEFINED = 0.05  # share of bootstrap draws without a value beyond which there is no interval
@@ -51,23 +54,21 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return rows
 
 
-def write(path: str | Path, text: str) -> None:
-    """In one go: a reader finds the old file or the new one."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    os.replace(partial, path)
-
-
-def write_jsonl(path: str | Path, rows: list[dict]) -> None:
-    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def read_key(folder: str) -> dict:
     """What eval/preference/sheets.py knows about the sheets in `folder`. Raises UserError where there are none."""
+    path = Path(folder, "key.json")
     try:
-        return json.loads((Path(folder) / "key.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        key = json.loads(path.read_text(encoding="utf-8"))
+        whole = key["items"] and {"seed", "models", "raters", "identical"} <= key.keys()
+        for item in key["items"]:
+            whole &= ITEM <= item.keys() and set(key["raters"]) <= item["left"].keys()
+    except OSError as error:
         raise UserError(f"{folder} has no key.json: make the sheets with eval/preference/sheets.py") from error
+    except (ValueError, TypeError, LookupError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged: it is not as eval/preference/sheets.py wrote it")
+    return key
 
 
 # ---- sheets -----------------------------------------------------------------------------------------
@@ -81,7 +82,8 @@ def read_answers(run: str, task: str) -> tuple[list[dict], int]:
     for number, row in enumerate(read_jsonl(path), 1):
         outputs = [row["answer"]] if "answer" in row else row.get("outputs")
         prompt = row.get("prompt")
-        if not (isinstance(prompt, str) and isinstance(outputs, list) and outputs and isinstance(outputs[0], str)):
+        answered = isinstance(outputs, list) and outputs and isinstance(outputs[0], str)
+        if not (isinstance(prompt, str) and answered and isinstance(row.get("doc_sha"), str | None)):
             raise UserError(f"{path}, row {number}: needed are a text prompt and an answer (or outputs), both text")
         answers.append({"doc_sha": row.get("doc_sha"), "prompt": prompt, "answer": outputs[0]})
         more += len(outputs) > 1
@@ -148,17 +150,20 @@ def _cell(value) -> str:
 
 
 def write_sheets(folder: str, key: dict, raters: list[str]) -> None:
-    """sheet-<rater>.jsonl and .csv for each rater, then key.json."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    """sheet-<rater>.jsonl and .csv for each rater, then key.json. Raises UserError where there can be no such folder."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}") from error
+    check_output(Path(folder, "key.json"))
     for rater in raters:
         rows = sheet(key["items"], rater)
-        write_jsonl(Path(folder, f"sheet-{rater}.jsonl"), rows)
-        with open(Path(folder, f"sheet-{rater}.csv.partial"), "w", encoding="utf-8-sig", newline="") as file:
-            table = csv.writer(file)
-            table.writerow([*rows[0], "vote", *RATINGS, "comment"])
-            table.writerows([_cell(value) for value in row.values()] + [""] * (len(RATINGS) + 2) for row in rows)
-        os.replace(Path(folder, f"sheet-{rater}.csv.partial"), Path(folder, f"sheet-{rater}.csv"))
-    write(Path(folder, "key.json"), json.dumps(key, indent=1, ensure_ascii=False) + "\n")
+        write_lines(Path(folder, f"sheet-{rater}.jsonl"), rows)
+        table = csv.writer(text := io.StringIO())
+        table.writerow([*rows[0], "vote", *RATINGS, "comment"])
+        table.writerows([_cell(value) for value in row.values()] + [""] * (len(RATINGS) + 2) for row in rows)
+        write_text(Path(folder, f"sheet-{rater}.csv"), "\ufeff" + text.getvalue())  # Excel takes it for UTF-8 by this mark
+    write_json(Path(folder, "key.json"), key)
 
 
 # ---- votes ------------------------------------------------------------------------------------------
@@ -178,8 +183,9 @@ def append_vote(path: str | Path, vote: dict) -> None:
 
 def check_vote(vote: dict, numbers: set[int], where: str) -> dict:
     """The vote. Raises UserError for one that is not {item, vote, ratings 1 to 5 or None}."""
-    bad = [name for name in RATINGS if vote.get(name) not in (None, 1, 2, 3, 4, 5)]
-    if vote.get("item") not in numbers:
+    given = [vote[name] for name in RATINGS if vote.get(name) is not None]
+    bad = [rating for rating in given if type(rating) is not int or not 1 <= rating <= 5]  # True is no 1
+    if type(vote.get("item")) is not int or vote["item"] not in numbers:
         raise UserError(f"{where}: there is no item {vote.get('item')}")
     if vote.get("vote") not in VOTES or bad:
         raise UserError(f"{where}, item {vote['item']}: a vote is one of {', '.join(VOTES)}; ratings are 1 to 5")
@@ -187,7 +193,10 @@ def check_vote(vote: dict, numbers: set[int], where: str) -> dict:
 
 
 def read_csv_votes(path: str | Path, numbers: set[int]) -> dict[int, dict]:
-    """{item: vote} of the rows that are filled in in a CSV sheet; none where there is no such file."""
+    """{item: vote} of the rows that are filled in in a CSV sheet; none where there is no such file, or an empty one.
+
+    Raises UserError for what is no such sheet, and for an item with two votes.
+    """
     try:
         text, votes = Path(path).read_bytes().decode("utf-8-sig"), {}
     except FileNotFoundError:
@@ -195,12 +204,18 @@ def read_csv_votes(path: str | Path, numbers: set[int]) -> dict[int, dict]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: save it as CSV UTF-8") from error
     delimiter = max(",;\t", key=text.partition("\n")[0].count)  # as the spreadsheet saved it
-    for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter):
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # an answer may be longer than the library expects
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    if text.strip() and not {"item", "vote"} <= set(rows.fieldnames):
+        raise UserError(f"{path}: the first row has to name the columns, as in the sheet; item or vote is missing")
+    for row in rows:
         cells = {name: (row.get(name) or "").strip() for name in ("item", "vote", *RATINGS, "comment")}
         if any(cells[name] for name in ("vote", *RATINGS, "comment")):
             vote = {name: int(cell) if cell.isdecimal() else cell or None for name, cell in cells.items()}
             vote |= {"vote": cells["vote"].lower(), "comment": cells["comment"]}
-            votes[vote["item"]] = check_vote(vote, numbers, str(path))
+            if check_vote(vote, numbers, str(path))["item"] in votes:
+                raise UserError(f"{path}: there are two votes on item {vote['item']}: delete one")
+            votes[vote["item"]] = vote
     return votes
 
 
@@ -217,6 +232,21 @@ def read_votes(folder: str, key: dict) -> list[dict]:
             raise UserError(f"{rater} voted on {len(both)} items both in {path} and in {table}: empty one of them")
         votes += [{"rater": rater} | vote for vote in (paged | filled).values()]
     return votes
+
+
+def read_judged(path: str, key: dict) -> list[dict]:
+    """The rows of eval/preference/judge.py. Raises UserError for any other, and for an item that is there twice."""
+    numbers, rows = {item["item"] for item in key["items"]}, read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        picks = [row.get(name) in ("a", "b", "tie", "none") for name in ("first", "second")]
+        if not all(picks) or row.get("vote") not in ("a", "b", "tie") or not isinstance(row.get("judge"), str):
+            raise UserError(f"{path}, row {number} is none of judge.py's: {{item, judge, first, second, vote}}")
+        if type(row.get("item")) is not int or row["item"] not in numbers:
+            raise UserError(f"{path}, row {number}: there is no item {row.get('item')}, or it is there twice")
+        numbers.remove(row["item"])
+    if not rows:
+        raise UserError(f"{path} is empty")
+    return rows
 
 
 def outcomes(key: dict, votes: list[dict]) -> list[dict]:
@@ -267,7 +297,8 @@ def bootstrap(statistic, prompts, draws: int = 1000, seed: int = 0) -> tuple[np.
     """(95 % percentile interval `(2, ...)`, draws without a value) of `statistic(weights (n,))`, prompts drawn anew.
 
     `prompts` (n,) says whose prompt each row is; a draw weighs a row by how often its prompt was drawn. The interval is
-    of the draws with a value, and NaN where more than 5 % have none.
+    of the draws with a value, and NaN where more than 5 % have none, or where it has no width: draws that are all alike,
+    as of one prompt, say nothing of the spread.
     """
     names, of = np.unique(prompts, return_inverse=True)
     draw = np.random.default_rng(seed)
@@ -276,11 +307,12 @@ def bootstrap(statistic, prompts, draws: int = 1000, seed: int = 0) -> tuple[np.
     defined = np.isfinite(found.reshape(draws, -1)).all(1)
     if defined.mean() < 1 - UNDEFINED:
         return np.full((2, *found.shape[1:]), np.nan), int((~defined).sum())
-    return np.percentile(found[defined], [2.5, 97.5], axis=0), int((~defined).sum())
+    ends = np.percentile(found[defined], [2.5, 97.5], axis=0)
+    return np.where(np.isclose(*ends, rtol=1e-9), np.nan, ends), int((~defined).sum())
 
 
 def mean_interval(values, prompts) -> tuple[float, float]:
-    """95 % interval of a mean, by bootstrap over prompts."""
+    """95 % interval of a mean, by bootstrap over prompts; NaN where it has no width."""
     values = np.asarray(values, float)
 
     def mean(weights):
@@ -293,29 +325,33 @@ def mean_interval(values, prompts) -> tuple[float, float]:
 def share_interval(values, prompts) -> tuple[float, float]:
     """95 % interval of the mean of values in [0, 1]: Wilson where each prompt has one value, else bootstrap over prompts.
 
-    Where all values are 0 or all are 1 the bootstrap has no width; there it is Wilson with the number of prompts.
+    Where the bootstrap has no width, as of values that are all alike, it is Wilson with the number of prompts.
     """
     mean, count = float(np.mean(values)), len(set(prompts))
-    if count == len(values) or mean in (0, 1):
-        return wilson(mean * count, count)
-    return mean_interval(values, prompts)
+    if count < len(values) and not np.isnan(ends := mean_interval(values, prompts)).any():
+        return ends
+    return wilson(mean * count, count)
 
 
 def logistic(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Coefficients (k,) of greatest likelihood of sigmoid(x @ b), for shares y (n,) with weights (n,), by Newton's method.
 
-    NaN where there are none: `x` (n, k) does not tell them apart, or it separates the votes and they are infinite.
+    NaN where there are none: `x` (n, k) does not tell them apart, or it separates the votes and they are infinite. With a
+    condition of `x` above 1e6 it hardly does: the equations of a step have the square of it, and no digits would be left.
     """
     x, y, weights = x[weights > 0], y[weights > 0], weights[weights > 0]
     b = np.zeros(x.shape[1])
-    if np.linalg.matrix_rank(x) < len(b):
+    if len(x) < len(b) or np.linalg.cond(x) > 1e6:
         return np.full(len(b), np.nan)
     for _ in range(200):
         log_odds = x @ b
         if abs(log_odds).max() > 30:
             break
         p = 1 / (1 + np.exp(-log_odds))
-        step = np.linalg.solve((x * (weights * p * (1 - p))[:, None]).T @ x, x.T @ (weights * (y - p)))
+        try:
+            step = np.linalg.solve((x * (weights * p * (1 - p))[:, None]).T @ x, x.T @ (weights * (y - p)))
+        except np.linalg.LinAlgError:
+            break
         b += step / max(1, abs(step).max())  # a whole step may go too far
         if abs(step).max() < 1e-10:
             return b
@@ -345,7 +381,7 @@ def length_controlled(scores, lengths_a, lengths_b, prompts) -> dict:
     sigmoid(theta + phi tanh((len a - len b) / sd)) is fitted to the votes and read at length difference 0 (Dubois et al.
     2024, arXiv 2404.04475, eq. 2). Lengths are in characters. Without the paper's term for the difficulty of the
     instruction, which takes many models to estimate, and without its regularisation. None where length alone separates
-    the votes or never differs.
+    the votes, or its difference is always about the same.
     """
     difference = np.asarray(lengths_a, float) - np.asarray(lengths_b, float)
     spread = difference.std(ddof=1) if len(difference) > 1 else 0.0
@@ -464,7 +500,7 @@ def rating_table(key: dict, votes: list[dict]) -> dict:
             values, prompts = zip(*((row[2], row[4]) for row in rows if row[3] == model), strict=True)
             high = _share([float(value >= 4) for value in values], prompts)
             table.setdefault(model, {})[quality] = {
-                "mean": float(np.mean(values)), "ci95": list(mean_interval(values, prompts)), "n": len(values),
+                "mean": float(np.mean(values)), "ci95": _interval(mean_interval(values, prompts)), "n": len(values),
                 "share_4_or_5": high["share"], "share_4_or_5_ci95": high["ci95"],
             }  # fmt: skip
     return {"models": table, "alpha": alphas}

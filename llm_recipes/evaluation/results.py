@@ -1,6 +1,7 @@
 """`results.json`: what was measured, how, and on what (eval/results.schema.json), and the table of it."""
 
 import json
+import os
 from pathlib import Path
 
 from llm_recipes.errors import UserError
@@ -25,11 +26,21 @@ def load_results(folder: Path) -> dict | None:
 
 
 def add_result(folder: Path, head: dict, task: str, entry: dict) -> dict:
-    """results.json with one more task, or one anew; `head` is all but the tasks. Written at once."""
+    """results.json with one more task, or one anew; `head` is the model's. Written at once."""
     found = load_results(folder) or {"tasks": {}}
     results = {"schema": SCHEMA, **head, "tasks": found["tasks"] | {task: entry}}
     write_json(folder / "results.json", results)
     return results
+
+
+def check_output(path: str | Path) -> Path:
+    """The path of a file to write. Raises UserError where that cannot be, before any work is done for it."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: {path.parent} is not a folder that you can write to")
+    return path
 
 
 def table(results: dict) -> str:

@@ -16,7 +16,7 @@ import torch
 from llm_recipes.errors import UserError
 from llm_recipes.evaluation.model import Model, Sampling
 from llm_recipes.evaluation.scores import perplexity_scores
-from llm_recipes.evaluation.statistics import clustered_stderr, interval, mean_stderr, ratio_stderr
+from llm_recipes.evaluation.statistics import estimate, ratio_stderr
 from llm_recipes.evaluation.tasks import Item, Task
 from llm_recipes.metrics import Z
 
@@ -65,41 +65,58 @@ class Samples:
 
 def claim(folder: Path, identity: dict) -> None:
     """Marks the folder as that of the answers which depend on `identity`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "identity.json", identity)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "identity.json", identity)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from error
+
+
+def in_order(folder: Path) -> list[dict]:
+    """All lines that are there, by item."""
+    return [line for _, line in sorted(read_lines(folder).items())]
 
 
 def joined(folder: Path) -> list[dict]:
     """All lines in order, as `samples.jsonl`, after every process has appended its own."""
-    found = read_lines(folder)
-    lines = [found[i] for i in sorted(found)]
+    lines = in_order(folder)
     write_lines(folder / "samples.jsonl", lines)
     for part in folder.glob("part-*.jsonl"):
         part.unlink()
     return lines
 
 
+def read_identity(folder: Path) -> dict:
+    """What the answers in `folder` depend on; {} without any. Raises UserError where the file is damaged."""
+    path = folder / "identity.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): move the folder away") from error
+
+
 def changes(folder: Path, identity: dict) -> list[str]:
     """How the answers in `folder` differ in what they depend on; empty when they do not, or there are none."""
-    path = folder / "identity.json"
-    if not path.is_file():
-        return []
-    there = json.loads(path.read_text())
-    keys = [key for key in {**there, **identity} if there.get(key) != identity.get(key)]
+    there = read_identity(folder)
+    keys = [key for key in {**there, **identity} if there and there.get(key) != identity.get(key)]
     return [f"{key}: {_short(there.get(key))} -> {_short(identity.get(key))}" for key in keys]
 
 
 def read_lines(folder: Path) -> dict[int, dict]:
-    """{item: line} of what is in the folder; a line that a kill has torn is cut off."""
+    """{item: line} of what is in the folder; a line that a kill has torn is cut off. Raises UserError for other damage."""
     lines = {}
     for path in [*folder.glob("samples.jsonl"), *sorted(folder.glob("part-*.jsonl"))]:
         text = path.read_bytes()
         if not text.endswith(b"\n"):
             with path.open("r+b") as file:
                 file.truncate(text.rfind(b"\n") + 1)
-        for line in text[: text.rfind(b"\n") + 1].decode().split("\n")[:-1]:  # splitlines would part at U+2028 too
-            row = json.loads(line)
-            lines[row["item"]] = row
+        whole = text[: text.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):  # splitlines would part at U+2028 too
+            try:
+                row = json.loads(line)
+                lines[row["item"]] = row
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path}, line {number} is damaged ({error}): move the folder away") from error
     return lines
 
 
@@ -190,9 +207,7 @@ def score(task: Task, rows: Sequence[dict], lines: Sequence[dict], strict: bool)
 
 def metric(values: Sequence[float], clusters: Sequence | None = None) -> dict:
     """Mean, standard error and 95 % interval; of questions in clusters both take account of these."""
-    mean, stderr = mean_stderr(values) if clusters is None else clustered_stderr(values, clusters)
-    low, high = interval(values) if clusters is None else (mean - Z * stderr, mean + Z * stderr)
-    return _metric(mean, stderr, low, high, len(values))
+    return _metric(*estimate(values, clusters), len(values))
 
 
 def _metric(value: float, stderr: float, low: float, high: float, n: int) -> dict:

@@ -76,6 +76,11 @@ def math_scores(rows: Sequence[dict], answers: Sequence[Sequence[str]]) -> list[
     return [{name: shares[name][i] for name in shares} for i in range(len(rows))]
 
 
+def boxed_scores(rows: Sequence[dict], answers: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+    """math-verify's judgement alone, for answers that were asked for in `\\boxed{}`."""
+    return [{"math_verify": scores["math_verify"]} for scores in math_scores(rows, answers)]
+
+
 def program_scores(
     rows: Sequence[dict], answers: Sequence[Sequence[str]], program: Callable[[dict, str], Program], ks=(1,),
     cpu_seconds: float = 3, strict: bool = True,

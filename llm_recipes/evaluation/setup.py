@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.util
-import json
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,15 +42,21 @@ class Job:
     strict: bool
     notes: list[str]
 
-    def result(self, lines: list[dict], seconds: float) -> tuple[dict, list[dict]]:
-        """(entry of results.json, lines of scores.jsonl) from the lines of samples.jsonl."""
+    def result(self, lines: list[dict], seconds: float | None) -> tuple[dict, list[dict]]:
+        """(entry of results.json, lines of scores.jsonl) from the lines of samples.jsonl; `seconds` that the answers took.
+
+        Raises UserError where lines are missing, or to other rows.
+        """
+        windows = self.task.kind in ("rolling", "strided")
+        if len(lines) != self.identity["items"] or not (
+            windows or all(line["doc_sha"] == digest(row)[:16] for line, row in zip(lines, self.rows, strict=True))
+        ):
+            raise UserError(f"{self.name}: its samples.jsonl is not whole, or not of these rows: move the folder away")
         scores, metrics = runs.score(self.task, self.rows, lines, self.strict)
         facts = self.facts | {"unfinished": sum(line.get("unfinished", 0) for line in lines), "n": len(scores)}
-        return facts | {
-            "sandbox": self.layers and list(self.layers),
-            "seconds": round(seconds, 2),
-            "metrics": metrics,
-        }, scores
+        if seconds is not None:
+            facts["seconds"] = round(seconds, 2)
+        return facts | {"sandbox": self.layers and list(self.layers), "metrics": metrics}, scores
 
 
 def start(config: EvaluationConfig) -> PartialState:
@@ -103,14 +109,11 @@ def load(config: EvaluationConfig, processes: PartialState, tasks: dict) -> tupl
         model = VllmModel(loaded, tokenizer, config, name)
     else:
         model = Model(loaded.to(processes.device), tokenizer, config.max_batch_tokens)
-    record = outputs.describe({}, {})
     head = {
         "model": {
             "name": config.model, "revision": config.model_revision, "fingerprint": model.fingerprint,
             "dtype": str(loaded.dtype).removeprefix("torch."), "parameters": loaded.num_parameters(),
-        },
-        "versions": record["versions"], "git_commit": record["git_commit"], "device": processes.device.type,
-        "world_size": processes.num_processes, "backend": config.backend,
+        }
     }  # fmt: skip
     return model, encoder, head
 
@@ -143,19 +146,22 @@ def prepare(
         pool = [row for row in read_rows(task, name, family, pool, files) if task.shot(row)]
     shots = examples(task, name, rows, pool, n)
     own = [i for i, (row, few) in enumerate(zip(rows, shots, strict=True)) if row in few]
-    if own and isinstance(files, str):
+    if len(own) > len(rows) // 100:  # a few twins of training and test rows are in real data too
         raise UserError(
-            f"num_fewshot: {name}: row {own[0]} stands among its own examples ({len(own)} such rows): give these a file "
+            f"num_fewshot: {name}: row {own[0]} stands among its own examples ({len(own)} such rows): give the examples a file "
             f"of their own: --data_files '{{{family}: {{{', '.join(f'{split}: ...' for split in _splits(task))}}}}}'"
         )
-    data = {"path": _said(task, files), "sha256": digest([rows, shots])}
+    data = {"path": _said(task, files), "own_files": files is not None, "sha256": digest([rows, shots])}
     layers = sandbox.require(config.sandbox == "strict") if task.runs_code else None
     facts = {
         "version": task.version, "protocol": task.protocol, "num_fewshot": n, "seed": SEED if n and task.draw == "random" else None,
-        "n": len(rows), "limit": config.limit, "data": data,
+        "n": len(rows), "limit": config.limit, "data": data, "run": run_facts(config),
     }  # fmt: skip
     identity = {"task": name, "limit": config.limit, "data": data["sha256"]}
+    identity |= {"protocol": task.version}
     job = Job(name, task, rows, [], [], identity, None, facts, layers, config.sandbox == "strict", [])
+    if own:
+        job.notes.append(f"{len(own)} of {len(rows):,} rows stand among their own examples")
     if model is None:
         return job
     if task.kind == "generate":
@@ -188,7 +194,7 @@ def prepare(
     )
     job.facts |= {"generation": job.generation, "truncated": cut}
     job.identity |= {
-        "model": model.fingerprint, "dtype": str(model.model.dtype), "protocol": task.version,
+        "model": model.fingerprint, "dtype": str(model.model.dtype), "items": len(job.items),
         "prompts": digest([[item.context, item.continuations] for item in job.items]), "generation": job.generation,
         "seed": config.seed if job.generation and job.generation["temperature"] else None,
         "max_batch_tokens": config.max_batch_tokens, "backend": config.backend,
@@ -196,6 +202,15 @@ def prepare(
         "stop_ids": sorted(model.stop_ids),
     }  # fmt: skip
     return job
+
+
+def run_facts(config: EvaluationConfig) -> dict:
+    """What answers were written with."""
+    processes, record = PartialState(), outputs.describe({}, {})
+    return {
+        "versions": record["versions"], "git_commit": record["git_commit"], "device": processes.device.type,
+        "world_size": processes.num_processes, "backend": config.backend, "max_batch_tokens": config.max_batch_tokens,
+    }  # fmt: skip
 
 
 def _splits(task: Task) -> list[str]:
@@ -211,7 +226,15 @@ def _said(task: Task, files: str | dict | None) -> str:
 
 
 def check_keys(config: EvaluationConfig, tasks: dict) -> None:
-    """Raises UserError for a key that no task of this run takes."""
+    """Raises UserError for a key that no task of this run takes, and for an output_dir that cannot be one."""
+    folder = Path(config.output_dir).absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not config.output_dir or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"output_dir: {config.output_dir or 'empty'}: not a folder that you can write to")
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"output_dir: {config.output_dir} holds a model: choose another --output_dir")
+    if Path(config.model).is_file():
+        raise UserError(f"model: {config.model} is a file: give the folder that holds it, with config and tokenizer")
     families = {family for family, _ in tasks.values()}
     if unknown := sorted(set(config.data_files) - families):
         raise UserError(
@@ -246,20 +269,12 @@ def check_folder(folder: Path, jobs: list[Job], head: dict | None, config: Evalu
     """The head of results.json. Raises UserError where the folder holds what this run may not mix with."""
     found = load_results(folder)
     if config.rescore:
-        for job in jobs:
-            path = folder / job.name / "identity.json"
-            there = json.loads(path.read_text()) if path.is_file() else {}
-            if found is None or job.name not in found["tasks"]:
-                raise UserError(f"rescore: {folder} has no finished answers of {job.name}: run it without --rescore")
-            if any(there.get(key) != value for key, value in job.identity.items()):
-                raise UserError(
-                    f"rescore: the answers of {job.name} in {folder} are to other rows: give the same data_files and limit"
-                )
-            job.facts = {**found["tasks"][job.name], **job.facts}
-        return {key: value for key, value in found.items() if key not in ("schema", "tasks")}
+        return _rescored(folder, jobs, found, config)
     if found and found["model"]["fingerprint"] != head["model"]["fingerprint"]:
+        there = found["model"]
         raise UserError(
-            f"output_dir: {folder} holds results of another model ({found['model']['name']}): choose another --output_dir"
+            f"output_dir: {folder} holds results of another model ({there['name']}, {there['dtype']}): choose another "
+            "--output_dir"
         )
     for job in jobs:
         if changes := runs.changes(folder / job.name, job.identity):
@@ -267,7 +282,38 @@ def check_folder(folder: Path, jobs: list[Job], head: dict | None, config: Evalu
                 f"output_dir: {folder / job.name} holds other answers ({'; '.join(changes[:3])}). Choose another "
                 "--output_dir, or move them away"
             )
+        runs.read_lines(folder / job.name)  # damaged ones are said now
     return head
+
+
+def _rescored(folder: Path, jobs: list[Job], found: dict | None, config: EvaluationConfig) -> dict:
+    """The head of the answers that are there, whose facts the jobs take over: only the scoring is this run's."""
+    for job in jobs:
+        if found is None or job.name not in found["tasks"]:
+            raise UserError(f"rescore: {folder} has no finished answers of {job.name}: run it without --rescore")
+        there = runs.read_identity(folder / job.name)
+        if there.get("protocol") != job.identity["protocol"]:
+            raise UserError(
+                f"rescore: {job.name} was measured as version {there.get('protocol')}, and its task is now "
+                f"{job.identity['protocol']}: the answers are to other prompts"
+            )
+        if any(there.get(key) != value for key, value in job.identity.items()):
+            raise UserError(
+                f"rescore: the answers of {job.name} in {folder} are to other rows: give the same data_files, limit and num_fewshot"
+            )
+        given = {key: getattr(config, key) for key in OF_ANSWERS if getattr(config, key) is not None}
+        for key, value in given.items():
+            if (there.get("generation") or {}).get(key, value) != value:
+                raise UserError(
+                    f"rescore: {key} was {there['generation'][key]} for the answers that are there: leave it out"
+                )
+        job.identity, job.facts = there, dict(found["tasks"][job.name])
+    if config.model != found["model"]["name"] or config.dtype not in ("auto", found["model"]["dtype"]):
+        raise UserError(
+            f"rescore: the answers in {folder} are of {found['model']['name']} in {found['model']['dtype']}, not of "
+            f"{config.model}: give that --model, or another --output_dir"
+        )
+    return {"model": found["model"]}
 
 
 def describe(config: EvaluationConfig, processes: PartialState, head: dict, jobs: list[Job], others: list[str]) -> None:
@@ -293,4 +339,4 @@ def describe(config: EvaluationConfig, processes: PartialState, head: dict, jobs
     show([*lines, ("output", config.output_dir)])
     if config.dry_run:
         for job in jobs:
-            print(f"---- {job.name}\n{job.items[0].prompt}")
+            print(f"---- {job.name}\n{job.items[0].prompt or f'{len(job.items)} windows of text'}")

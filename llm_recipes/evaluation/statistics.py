@@ -9,6 +9,7 @@ import numpy as np
 from llm_recipes.metrics import Z, wilson
 
 Z_POWER = 0.841621  # 80 % quantile of the normal distribution
+CLUSTERS = 20  # fewer do not say how much they differ; the sums of one cancel altogether
 
 
 def _binary(values: np.ndarray) -> bool:
@@ -23,13 +24,25 @@ def mean_stderr(values: Sequence[float]) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean: Wilson's where all values are 0 or 1, or else mean -+ 1.96 standard errors."""
+def estimate(values: Sequence[float], clusters: Sequence | None = None) -> tuple[float, float, float, float]:
+    """(mean, standard error, low, high) with the 95 % interval of the mean; the error as in `clustered_stderr`.
+
+    Wilson's interval where all values are 0 or 1 and there are no clusters, or too few, and where values in [0, 1] have
+    no spread; or else mean -+ 1.96 standard errors, within [0, 1] if all values are.
+    """
     values = np.asarray(values, dtype=np.float64)
-    if _binary(values):
-        return wilson(int(values.sum()), len(values))
-    mean, stderr = mean_stderr(values)
-    return mean - Z * stderr, mean + Z * stderr
+    mean, stderr = clustered_stderr(values, clusters)
+    low, high = mean - Z * stderr, mean + Z * stderr
+    if values.min() < 0 or values.max() > 1:
+        return mean, stderr, low, high
+    if _binary(values) and not _enough(clusters) or not stderr > 1e-12:
+        return mean, stderr, *wilson(values.sum(), len(values))  # of all with this mean, 0 and 1 vary most
+    return mean, stderr, max(low, 0.0), min(high, 1.0)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The interval of `estimate`."""
+    return estimate(values)[2:]
 
 
 def ratio_stderr(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float]:
@@ -43,13 +56,21 @@ def ratio_stderr(numerators: Sequence[float], denominators: Sequence[float]) -> 
     return ratio, mean_stderr(above - ratio * below)[1] / float(below.mean())
 
 
-def clustered_stderr(values: Sequence[float], clusters: Sequence) -> tuple[float, float]:
-    """(mean, standard error) of values that are drawn in clusters, such as questions on one text (Miller, section 2)."""
+def _enough(clusters: Sequence | None) -> bool:
+    return clusters is not None and len(set(clusters)) >= CLUSTERS
+
+
+def clustered_stderr(values: Sequence[float], clusters: Sequence | None) -> tuple[float, float]:
+    """(mean, standard error) of values that are drawn in clusters, such as questions on one text (Miller, section 2).
+
+    With the factor G / (G - 1) of G clusters, so that clusters of one value give `mean_stderr`, as do None and G < 20.
+    """
     mean, stderr = mean_stderr(values)
-    rest = np.asarray(values, dtype=np.float64) - mean
-    sums = np.bincount(np.unique(np.asarray(clusters), return_inverse=True)[1], weights=rest)
-    among = float((sums**2).sum() - (rest**2).sum()) / len(rest) ** 2  # pairs within a cluster
-    return mean, math.sqrt(stderr**2 + among)
+    if _enough(clusters):
+        rest = np.asarray(values, dtype=np.float64) - mean
+        sums = np.bincount(np.unique(np.asarray(clusters), return_inverse=True)[1], weights=rest)
+        stderr = math.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / len(rest)
+    return mean, stderr
 
 
 class Paired(NamedTuple):
@@ -65,11 +86,11 @@ class Paired(NamedTuple):
 
 
 def paired(a: Sequence[float], b: Sequence[float], clusters: Sequence | None = None) -> Paired:
-    """Mean of the differences, which vary less than a difference of means does (Miller, section 4)."""
+    """Mean of the differences, which vary less than a difference of means does (Miller, section 4); clusters as above."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"{len(a)} and {len(b)} scores are not of the same items")
-    mean, stderr = mean_stderr(b - a) if clusters is None else clustered_stderr(b - a, clusters)
+    mean, stderr = clustered_stderr(b - a, clusters)
     a_only, b_only = int((a > b).sum()), int((b > a).sum())
     p = sign_test(a_only, b_only) if _binary(a) and _binary(b) else None
     return Paired(mean, stderr, mean - Z * stderr, mean + Z * stderr, a_only, b_only, p)

@@ -29,8 +29,8 @@ class Task:
     """One benchmark with one protocol.
 
     `prompt(row)` is what the model continues, `answer(row)` what follows it in an example. A "choice" task compares the
-    log-likelihoods of `choices(row)`; a "generate" task has answers written until one of `stop`; a "perplexity" task
-    scores the text `prompt(row)`, in rolling windows or in strides. `score(rows, raw)` takes the log-likelihoods of the
+    log-likelihoods of `choices(row)`; a "generate" task has answers written until one of `stop`; "rolling" and "strided"
+    are the windows in which the text `prompt(row)` is scored. `score(rows, raw)` takes the log-likelihoods of the
     choices or the list of texts of every row, and gives a dict of numbers for each; their means are the metrics.
     """
 
@@ -38,7 +38,7 @@ class Task:
     version: str  # of whose protocol
     protocol: str  # in a sentence
     data: tuple[Source, ...]
-    columns: tuple[str, ...]
+    columns: dict[str, type]
     prompt: Callable[[dict], str]
     score: Callable[[Sequence[dict], Sequence], list[dict[str, float]]] | None = None
     keep: Callable[[dict], bool] = lambda row: True
@@ -66,7 +66,7 @@ class Task:
     temperature: float = 0.0
     top_p: float = 1.0
     runs_code: bool = False
-    hub: tuple[str, str] | None = None  # (dataset, task) under which the Hub lists results
+    hub: tuple[str, str, str] | None = None  # (dataset, task, metric) of the Hub, where this is the protocol it means
 
 
 @dataclass
@@ -96,10 +96,9 @@ def load_tasks(folder: Path, names: Sequence[str]) -> dict[str, tuple[str, Task]
         raise UserError(f"tasks: name at least one of {', '.join(known)}")
     for name in wanted:
         if name not in known:
-            raise UserError(
-                f"tasks: {unknown_key(name, [*known, *groups], 'task')}; there are {', '.join([*groups, *known])}, and "
-                "those of lm-eval as lm_eval:<its name>"
-            )
+            said = unknown_key(name, [*known, *groups], "task")
+            listed = "" if "did you mean" in said else f"; there are {', '.join([*groups, *known])}"
+            raise UserError(f"tasks: {said}{listed}. Those of lm-eval are lm_eval:<its name>")
     return {name: known[name] for name in wanted}
 
 
@@ -132,8 +131,10 @@ def read_rows(task: Task, name: str, family: str, sources: Sequence[Source], fil
 def choose_rows(task: Task, name: str, rows: list[dict], limit: int | None) -> list[dict]:
     """The rows that belong to the benchmark, the first `limit` of them. Raises UserError where there are none."""
     for i, row in enumerate(rows):
-        if bad := [column for column in task.columns if row[column] is None]:
-            raise UserError(f"{name}: row {i} has nothing in its column {bad[0]}")
+        for column, kind in task.columns.items():
+            if not isinstance(row[column], kind):
+                found = "nothing" if row[column] is None else f"{row[column]!r:.40}"
+                raise UserError(f"{name}: row {i} has {found} in its column {column}, where {kind.__name__} belongs")
     kept = [row for row in rows if task.keep(row)][:limit]
     if not kept:
         raise UserError(f"{name}: no rows" + (f"; none of {len(rows)} belongs to the benchmark" if rows else ""))
@@ -249,5 +250,5 @@ def strided(task: Task, rows: list[dict], model: Model) -> list[Item]:
         if end == len(ids):
             break
     if items:
-        items[0].counts["bytes"] = len(text.encode())
+        items[0].counts["bytes"] = len(text.encode()) - len(model.tokenizer.decode(ids[:1]).encode())
     return items
