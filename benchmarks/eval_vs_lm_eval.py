@@ -15,6 +15,7 @@ import os
 import random
 import re
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -259,6 +260,7 @@ def main() -> None:
     results, good = [], True
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        sys.argv[0] = str(Path(__file__).resolve())  # what looks for this repository from there still finds it
         os.chdir(folder)
         names, files = write_tasks(folder, shaped(args.rows))
         print(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llm_recipes.errors import UserError, entrypoint
+from llm_recipes.evaluation.preference import read_jsonl
 from llm_recipes.evaluation.results import load_results
 from llm_recipes.evaluation.statistics import Paired, detectable, paired, ratio_stderr
 from llm_recipes.metrics import Z
@@ -26,13 +27,6 @@ def read_run(path: str) -> Run:
     if results is None:
         raise UserError(f"{path} has no results.json: it is no output_dir of a finished eval/run.py")
     return Run(Path(path), results)
-
-
-def read_lines(file: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in file.read_text().split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: {error}") from error
 
 
 def check_same(first: Run, other: Run, task: str) -> None:
@@ -57,10 +51,12 @@ def read_scores(runs: list[Run], task: str) -> list[list[dict]] | None:
     scores = []
     for run in runs:
         file, n = run.path / task / "scores.jsonl", run.results["tasks"][task]["n"]
-        scores.append(read_lines(file))
+        scores.append(read_jsonl(file))
         if len(scores[-1]) != n:
             raise UserError(f"{file} has {len(scores[-1])} documents and results.json {n}: run the evaluation again")
         for i, (ours, theirs) in enumerate(zip(scores[0], scores[-1], strict=True)):
+            if not {"doc", "doc_sha", *scores[0][0]} <= theirs.keys():
+                raise UserError(f"{file}, document {i} is damaged: run the evaluation again")
             if ours["doc_sha"] != theirs["doc_sha"]:
                 raise UserError(
                     f"{task} of {runs[0].path} and of {run.path} cannot be compared: document {i} is another"
@@ -107,7 +103,7 @@ def report(runs: list[Run], scores: dict[str, list[list[dict]] | None]) -> str:
     for name, run in zip(names, runs, strict=True):
         model = run.results["model"]
         header.append(f"{name}: {run.path}, model {model['name']} ({model['fingerprint'][:12]}, {model['dtype']})")
-    values, differences, notes = [], [], []
+    values, differences, without, notes = [], [], [], []
     for task, lines_of in scores.items():
         made = [run.results["tasks"][task] for run in runs]
         for key in ("seed", "generation"):
@@ -125,9 +121,9 @@ def report(runs: list[Run], scores: dict[str, list[list[dict]] | None]) -> str:
             for i, name in enumerate(names[1:], 1):
                 found = difference(lines_of[0], lines_of[i], metric) if lines_of else None
                 if found is None:
-                    differences.append([title, metric, f"{name} - A", *["n/a"] * 6])
+                    without.append(f"{title} {metric}")
                     continue
-                varies = found.stderr > 0  # all differences alike say nothing of their spread
+                varies = found.stderr > 1e-9  # all differences alike, but for rounding, say nothing of their spread
                 span = f"[{number(found.low)}, {number(found.high)}]" if varies else "n/a"
                 counts = [number(found.p), str(found.a_only), str(found.b_only)]
                 cells = [
@@ -138,14 +134,16 @@ def report(runs: list[Run], scores: dict[str, list[list[dict]] | None]) -> str:
                 ]
                 differences.append([title, metric, f"{name} - A", *cells])
     parts = ["\n".join(header), table(["task", "metric", "n", *names], values)]
-    if len(runs) > 1:
+    if differences:
         head = ["task", "metric", "runs", "difference", "95 % interval", "p", "A higher", "other higher", "detectable"]
         parts += [
             table(head, differences),
             "Differences are paired by document; p is McNemar's exact test, of scores that are 0 or 1. detectable: the true\n"
-            "difference that documents as many and as unlike as these find four times in five. n/a: a score that single\n"
-            "documents do not have, or differences that are all alike.",
+            "difference that documents as many and as unlike as these find four times in five. n/a: differences that are all\n"
+            "alike, or scores other than 0 and 1.",
         ]
+    if without:
+        parts.append(f"No difference, for single documents have no such score: {', '.join(dict.fromkeys(without))}.")
     return "\n\n".join(parts + notes)
 
 
@@ -157,11 +155,14 @@ def samples(first: Run, other: Run, task: str, scores: tuple[list[dict], list[di
     """Up to `n` documents that the two score differently, or answer differently where nothing is scored: the end of the
     prompt and the outputs of both.
     """
-    kept = [{line["doc"]: line for line in read_lines(run.path / task / "samples.jsonl")} for run in (first, other)]
-    if any("prompt" not in line for lines in kept for line in lines.values()):
+    if "nats" in scores[0][0].get("scores", {}):
         return f"{task}: its samples are windows of text, without prompts and outputs"
-    if any(len(lines) != len(scores[0]) for lines in kept):
-        raise UserError(f"{task}: samples.jsonl of {first.path} or {other.path} is not whole: run the evaluation again")
+    kept = []
+    for run in (first, other):
+        file = run.path / task / "samples.jsonl"
+        kept.append({line.get("doc"): line for line in read_jsonl(file) if "prompt" in line})
+        if kept[-1].keys() != {line["doc"] for line in scores[0]}:
+            raise UserError(f"{file} does not have the documents of scores.jsonl: run the evaluation again")
     sides = [
         [line.get("scores", lines[line["doc"]].get("outputs")) for line in of]
         for of, lines in zip(scores, kept, strict=True)
@@ -175,7 +176,8 @@ def samples(first: Run, other: Run, task: str, scores: tuple[list[dict], list[di
         parts.append(f"-- document {doc}, prompt{cut}:\n{indented(prompt[-SHOWN:])}")
         for run, lines, of in zip((first, other), kept, scores, strict=True):
             outputs = lines[doc].get("outputs", [json.dumps(lines[doc].get("logliks"))])
-            given = json.dumps(of[i].get("scores", "no score"))
+            marks = {name: float(f"{value:.4g}") for name, value in of[i].get("scores", {}).items()}
+            given = json.dumps(marks or "no score")
             for k, output in enumerate(outputs, 1):
                 which = f", output {k} of {len(outputs)}" if len(outputs) > 1 else ""
                 parts.append(f"-- {run.path}{which}, {given}:\n{indented(output)}")
@@ -193,6 +195,8 @@ def main():
         "--samples", type=int, default=0, metavar="N", help="show N documents a task that scores differ on"
     )
     args = parser.parse_args()
+    if args.samples < 0:
+        raise UserError(f"--samples {args.samples}: needs a number of documents")
     runs = [read_run(path) for path in args.runs]
     everywhere = [task for task in runs[0].results["tasks"] if all(task in run.results["tasks"] for run in runs)]
     tasks = [task for task in everywhere if args.task in (None, task)]
@@ -203,16 +207,18 @@ def main():
         for run in runs[1:]:
             check_same(runs[0], run, task)
     scores = {task: read_scores(runs, task) for task in tasks}
-    print(report(runs, scores))
+    said = [report(runs, scores)]
     for task in dict.fromkeys(task for run in runs for task in run.results["tasks"]):
         if task not in everywhere and not args.task:
-            print(f"\n{task}: left out, only in {', '.join(str(r.path) for r in runs if task in r.results['tasks'])}")
+            only = ", ".join(str(run.path) for run in runs if task in run.results["tasks"])
+            said.append(f"{task}: left out, only in {only}")
     for task in tasks if args.samples else ():
         if scores[task] is None:
-            print(f"\n{task}: lm-eval ran it, no samples are kept")
+            said.append(f"{task}: lm-eval ran it, no samples are kept")
             continue
         for run, lines in zip(runs[1:], scores[task][1:], strict=True):
-            print("\n" + samples(runs[0], run, task, (scores[task][0], lines), args.samples))
+            said.append(samples(runs[0], run, task, (scores[task][0], lines), args.samples))
+    print("\n\n".join(said))
 
 
 if __name__ == "__main__":

@@ -530,10 +530,10 @@ def under_test(tests: str, used: set[str]) -> set[str]:
 
 def last_line(error: BaseException) -> str:
     """Not by way of traceback, which fails on errors with odd attributes; they come from the program."""
-    text = type(error).__name__
-    with contextlib.suppress(Exception):
-        text = f"{text}: {error}".strip().removesuffix(":")
-    return "".join(filter(str.isprintable, text.splitlines()[-1]))
+    text = name = type(error).__name__
+    with contextlib.suppress(BaseException):
+        text = f"{name}: {error}".strip().removesuffix(":")
+    return "".join(filter(str.isprintable, text.splitlines()[-1])) or name
 
 
 def pair_namespaces() -> None:

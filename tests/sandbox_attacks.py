@@ -67,6 +67,9 @@ CHEATS = {
     "  try: os.write(fd, b'[\"value\", ' + b'[' * 60000 + b'\\n')\n  except OSError: pass\n return 0",
     "cyclic answer": "def f(x):\n r = []\n r.append(r)\n return r",
     "huge repr": "class A:\n def __repr__(self): return 'x' * 10**8\ndef f(x): raise ValueError(A())",
+    "error that cannot be printed": "def f(x): raise SyntaxError('bad', ('f', 1, 1, 5))",
+    "error of a wide line": "def f(x): raise SyntaxError('bad', ('f', 1, 1, 'text', 1, 10**12))",
+    "ends the iteration": "def f(x): raise StopIteration(9)",
     "huge error": "def f(x): raise ValueError('x' * 10**7)",
     "many lines": "def f(x): raise ValueError('passed\\n' * 10**5 + '\\x1b[2J')",
     "huge int": "def f(x): return 1 << 60_000_000",
@@ -142,6 +145,14 @@ ESCAPES = {
     "reads installed packages": _attack(
         "import os, sysconfig", "os.listdir(os.path.dirname(os.__file__) + '/site-packages')"
     ),
+    "reads packages of the system": _attack(
+        "import os, sys", "version = 'python%d.%d' % sys.version_info[:2]",
+        "folders = [f'{r}/{p}/{n}-packages' for r in ('/usr/lib', '/usr/lib64', '/lib', '/usr/local/lib')",
+        "           for p in ('python3', version) for n in ('dist', 'site')]",
+        "folders += [d for r in ('/usr/lib', '/usr/lib64') for d, _, _ in os.walk(r) if d.endswith('-packages')]",
+        "found = []", "for folder in folders:", "    try: found += os.listdir(folder)", "    except OSError: pass",
+        "assert found",
+    ),
     "reads our own code": _attack("import __main__", "open(__main__.__file__).read()"),
     "5 MB file": _attack("with open('big', 'wb') as f: f.write(bytes(5_000_000))"),
     "many files": _attack("for i in range(100): open(f'f{i}', 'wb').write(bytes(1 << 20))"),
@@ -165,6 +176,18 @@ ESCAPES = {
     "kills all": _attack("import os, signal", "os.kill(-1, signal.SIGKILL)"),
     "kills its group": _attack("import os, signal", "os.killpg(0, signal.SIGKILL)"),
     "kills another": _attack("import os, signal", "os.kill({VICTIM}, signal.SIGKILL)"),
+    "has another killed": _attack(
+        "import fcntl, os", "r, w = os.pipe()", "fcntl.fcntl(r, fcntl.F_SETOWN, {VICTIM})", "fcntl.fcntl(r, 10, 9)",
+        "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)", "os.write(w, b'x')",
+    ),
+    "owner of a pipe's signals": _attack("import fcntl, os", "fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getpid())"),
+    "owner, by a structure": _attack(
+        "import fcntl, os, struct", "fcntl.fcntl(os.pipe()[0], 15, struct.pack('ii', 1, os.getpid()))"
+    ),
+    "signal of a pipe": _attack("import fcntl, os", "fcntl.fcntl(os.pipe()[0], 10, 9)"),
+    "asynchronous pipe": _attack("import fcntl, os", "fcntl.fcntl(os.pipe()[0], fcntl.F_SETFL, os.O_ASYNC)"),
+    "lease": _attack("import fcntl", "fcntl.fcntl(open('x', 'w'), fcntl.F_SETLEASE, fcntl.F_WRLCK)"),
+    "lock on a library": _attack("import fcntl, os", "fcntl.flock(open(os.__file__), fcntl.LOCK_EX | fcntl.LOCK_NB)"),
     "limits another": _attack("import resource", "resource.prlimit({VICTIM}, resource.RLIMIT_CPU, (1, 1))"),
     "limits its parent": _attack("import os, resource", "resource.prlimit(os.getppid() or 2, resource.RLIMIT_CPU, (1, 1))"),
     "ptrace": _attack("import ctypes", "assert ctypes.CDLL(None).ptrace(16, {VICTIM}, 0, 0) == 0"),
@@ -203,6 +226,12 @@ HONEST = {
     " with open('a/b/c', 'w') as file: file.write(str(x * x))\n shutil.copyfile('a/b/c', 'a/d')\n os.replace('a/d', 'e')\n"
     " with tempfile.TemporaryDirectory() as t, tempfile.TemporaryFile() as g: g.write(b'x'); open(t + '/x', 'w').close()\n"
     " assert os.listdir('.') and os.path.exists('e')\n r = int(open('e').read())\n shutil.rmtree('a'); os.remove('e')\n return r",
+    "descriptors and locks": "import fcntl, os\ndef f(x):\n with open('n', 'w') as file:\n  os.dup(file.fileno()); os.set_inheritable(file.fileno(), 1)\n"
+    "  fcntl.lockf(file, fcntl.LOCK_EX); fcntl.lockf(file, fcntl.LOCK_UN)\n"
+    "  fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_NONBLOCK)\n return x * x",
+    "database": "import sqlite3\ndef f(x):\n with sqlite3.connect('base') as base:\n"
+    "  base.execute('create table if not exists t (x)')\n  base.execute('insert into t values (?)', (x,))\n"
+    "  return base.execute('select x * x from t order by rowid desc').fetchone()[0]",
     "recursion": "import sys\nsys.setrecursionlimit(20000)\ndef g(n): return 0 if n == 0 else 1 + g(n - 1)\n"
     "def f(x): return g(15000) - 15000 + x * x",
     "prints a lot": "import sys\ndef f(x):\n for _ in range(200): print('x' * 100_000); print('y' * 9999, file=sys.stderr)\n"

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from llm_recipes.evaluation.statistics import detectable, interval, mean_stderr, paired
+from llm_recipes.evaluation.statistics import detectable, estimate, mean_stderr, paired
 from tests.running import ROOT
 
 A, B = [1, 1, 0, 0, 1, 0, 0, 0], [1, 0, 1, 1, 1, 1, 0, 1]
@@ -21,8 +21,8 @@ def write_run(folder, scores, task="gsm8k", name="outputs/a", outputs=None, extr
     for metric in scores[0]:
         values = [score[metric] for score in scores]
         if metric not in ("nats", "bytes"):
-            mean, stderr = mean_stderr(values)
-            metrics[metric] = {"value": mean, "stderr": stderr, "ci95": interval(values), "n": len(values)}
+            mean, stderr, *ends = estimate(values)
+            metrics[metric] = {"value": mean, "stderr": stderr, "ci95": ends, "n": len(values)}
     figures = {
         "version": "lm-eval 3", "protocol": "5-shot", "num_fewshot": 5, "seed": 1234, "n": len(scores), "limit": None,
         "data": {"path": "openai/gsm8k", "sha256": "ab" * 32}, "generation": {"max_new_tokens": 256}, "sandbox": None,
@@ -76,7 +76,7 @@ def cells(out: str, *start: str) -> list[str]:
 def test_two_runs(tmp_path, compare):
     a, b = write_run(tmp_path / "a", exact(A)), write_run(tmp_path / "b", exact(B), name="outputs/b")
     code, out, _ = compare(a, b)
-    low, high = interval(A)
+    low, high = estimate(A)[2:]
     assert code == 0 and cells(out, "gsm8k", "exact_match", "8")[0] == f"0.375 [{low:.4g}, {high:.4g}]"
     found = paired(A, B)
     assert cells(out, "gsm8k", "exact_match", "B - A") == [
@@ -125,13 +125,23 @@ def test_bits_per_byte_are_paired_through_their_nats(tmp_path, compare):
     low, high = map(float, re.findall(r"-?[\d.]+", difference[1]))
     assert low < -0.05 / math.log(2) < high and high - low < 0.01
     assert difference[3:5] == [str((b < a).sum()), str((b > a).sum())]
-    assert cells(out, "perplexity", "byte_perplexity", "B - A") == ["n/a"] * 6
+    assert "perplexity | byte_perplexity | B - A" not in out
+    assert "No difference, for single documents have no such score: perplexity byte_perplexity.\n" in out
+
+
+def test_figures_have_four_digits(tmp_path, compare):
+    extra = {"word_perplexity": {"value": 1.23456789e23, "stderr": 1e22, "ci95": [1.1111111e23, 1.4444444e23], "n": 3}}
+    thirds = [[1 / 3, 2 / 3, 0.0], [2 / 3, 1.0, 0.0]]
+    runs = [write_run(tmp_path / name, exact(values), extra=extra) for name, values in zip("ab", thirds, strict=True)]
+    code, out, _ = compare(*runs, "--samples", 3)
+    assert code == 0 and cells(out, "gsm8k", "word_perplexity", "3") == ["1.235e+23 [1.111e+23, 1.444e+23]"] * 2
+    assert '{"exact_match": 0.3333}' in out and '{"exact_match": 0.6667}' in out and not re.search(r"\.[1-9]\d{4}", out)
 
 
 def test_groups_are_clusters(tmp_path, compare):
-    a, b = [1, 1, 0, 0, 1, 0, 0, 0] * 3, [1, 0, 1, 1, 1, 1, 0, 1] * 3
+    a, b = [1, 1, 0, 0, 1, 0, 0, 0] * 6, [1, 0, 1, 1, 1, 1, 0, 1] * 6
     runs = [write_run(tmp_path / name, exact(scores)) for name, scores in (("a", a), ("b", b))]
-    groups = [f"subject {i // 8}" for i in range(24)]
+    groups = [f"subject {i // 2}" for i in range(48)]
     for run in runs:
         file = run / "gsm8k/scores.jsonl"
         lines = [json.loads(line) | {"group": g} for line, g in zip(file.read_text().splitlines(), groups, strict=True)]
@@ -209,11 +219,33 @@ def test_runs_that_are_not_finished(tmp_path, compare):
     file = b / "gsm8k/scores.jsonl"
     file.write_text("".join(file.read_text().splitlines(True)[:5]))
     assert "has 5 documents and results.json 8" in compare(a, b)[2]
-    file.write_text('{"doc": 0')
-    assert compare(a, b)[0] == 2
+    for damaged in (
+        '{"doc": 0',
+        "[1]\n" * 8,
+        '{"doc": 0, "scores": {"exact_match": 1.0}}\n' * 8,
+        '{"doc_sha": "0"}\n' * 8,
+    ):
+        file.write_text(damaged)
+        code, out, err = compare(a, b)
+        assert (code, out) == (2, "") and str(file) in err and "Traceback" not in err, err
+    file.unlink()
+    assert compare(a, b)[:2] == (2, "")
     write_run(tmp_path / "c", exact(A))
-    (tmp_path / "c/gsm8k/samples.jsonl").write_text("")
-    assert compare(a, tmp_path / "c")[0] == 0 and "samples.jsonl" in compare(a, tmp_path / "c", "--samples", 1)[2]
+    file = tmp_path / "c/gsm8k/samples.jsonl"
+    lines = file.read_text().split("\n")[:-1]
+    for damaged in (
+        [],
+        lines[1:],
+        [*lines[1:], lines[1]],
+        [*lines[1:], '{"doc": 0}'],
+        [*lines[1:], "{}"],
+        [*lines, "{"],
+    ):
+        file.write_text("\n".join(damaged))
+        assert compare(a, tmp_path / "c")[0] == 0
+        code, out, err = compare(a, tmp_path / "c", "--samples", 1)
+        assert (code, out) == (2, "") and str(file) in err and "Traceback" not in err, err
+    assert "--samples -1: needs a number" in compare(a, a, "--samples", -1)[2]
     (b / "results.json").write_text("{}")
     code, _, err = compare(a, b)
     assert code == 2 and f"{b / 'results.json'} is not a results file" in err
@@ -236,6 +268,9 @@ def test_tasks_without_scores_of_documents(tmp_path, compare):
     assert code == 0, err
     assert cells(out, "open", "no score") == ["3", "n/a", "n/a"]
     assert cells(out, "lm_eval:piqa", "acc", "1") == ["0.25 ± 0.2"] * 2
-    assert cells(out, "lm_eval:piqa", "acc", "B - A") == cells(out, "strided", "bits_per_byte", "B - A") == ["n/a"] * 6
+    assert "No difference, for single documents have no such score: lm_eval:piqa acc, strided bits_per_byte.\n" in out
+    assert (
+        "B - A" not in out and "paired by document" not in compare(tmp_path / "a", tmp_path / "b", "--task", "open")[1]
+    )
     assert "lm_eval:piqa: lm-eval ran it, no samples are kept" in out and "strided: its samples are windows" in out
     assert re.findall(r"-- document (\d)", out) == ["0", "2"] and "    a 2\n" in out and "    b 2" in out

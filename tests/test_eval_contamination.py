@@ -7,6 +7,7 @@ import pytest
 
 from llm_recipes.evaluation.contamination import Index, scan, split_scores, strings, words
 from llm_recipes.evaluation.statistics import two_proportions
+from llm_recipes.evaluation.tasks import digest
 from tests.running import ROOT
 
 ITEM = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many?"
@@ -149,6 +150,9 @@ def test_text_of_columns():
 
 def test_scores_on_either_side():
     scores = [{"exact_match": x, "f": x / 2} for x in (1.0, 1.0, 0.0, 0.0, 1.0)]
+    scores = dict(enumerate(scores)) | {9: {"exact_match": 0.0, "f": 0.0}}
+    assert split_scores(scores, {0, 9})["exact_match"]["flagged"] == {"n": 2, "mean": 0.5}
+    del scores[9]
     report = split_scores(scores, {0, 1})
     assert report["exact_match"] == {
         "clean": {"n": 3, "mean": pytest.approx(1 / 3)}, "flagged": {"n": 2, "mean": 1.0},
@@ -184,13 +188,50 @@ def command(tmp_path, monkeypatch, capsys):
     return run
 
 
+def score(tmp_path, values: list[float], rows: slice = slice(None), task: str = "gsm8k") -> str:
+    """scores.jsonl as eval/run.py writes it, in another order, of some rows of the benchmark."""
+    (tmp_path / task).mkdir()
+    lines = (tmp_path / "test.jsonl").read_text().splitlines()[rows]
+    made = [
+        {"doc_sha": digest(json.loads(line))[:16], "scores": {"em": x}} for line, x in zip(lines, values, strict=True)
+    ]
+    (tmp_path / task / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in made[::-1]))
+    return f"{task}/scores.jsonl"
+
+
+def test_scores_of_some_rows_are_found_by_their_digest(command, tmp_path):
+    """As of MBPP, whose file has 974 rows, 500 of which are scored; other columns do not matter."""
+    scores = score(tmp_path, [0.5], slice(1, 2))
+    lines = [json.loads(line) | {"url": "x"} for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, _ = command("--scores", scores, columns="question, answer ")
+    assert code == 0 and "items with scores: 1 of 2" in out and "em: clean 0.5000 (n 1)\n" in out
+    (tmp_path / "test.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    said = (
+        "gsm8k/scores.jsonl: 1 of 1 documents are not among the 1 rows of test.jsonl: the benchmark rows must be those"
+    )
+    code, out, err = command("--scores", scores)
+    assert (code, out) == (2, "") and said in err
+    (tmp_path / "test.jsonl").write_text('{"question": "q"}\n')
+    assert (
+        "test.jsonl has no column answer, which the rows of gsm8k have"
+        in command("--scores", scores, columns="question")[2]
+    )
+
+
+@pytest.mark.parametrize("output", ["none/report.json", "folder", "train.jsonl/x"])
+def test_nothing_is_searched_for_an_output_that_cannot_be_written(command, tmp_path, output):
+    (tmp_path / "folder").mkdir()
+    code, out, err = command("--output", output, train="none.jsonl")  # which would be the next error
+    assert (code, out) == (2, "") and err.startswith(output) and "folder" in err and err.count("\n") == 1
+
+
 def test_the_command(command, tmp_path):
-    (tmp_path / "scores.jsonl").write_text('{"doc": 0, "scores": {"em": 1.0}}\n{"doc": 1, "scores": {"em": 0.0}}\n')
-    code, out, _ = command("--scores", "scores.jsonl", "--output", "report.json")
+    code, out, _ = command("--scores", score(tmp_path, [1.0, 0.0]), "--output", "report.json")
     assert code == 0 and "rows that share 13 words, or a shorter item: 1 of 402 (0.25%)" in out
     assert "items that share 13 words, or a shorter item: 1 of 2 (50.00%)" in out
     low, high = two_proportions(0, 1, 1, 1)
-    line = f"em: clean 0.0 (n 1), flagged 1.0 (n 1), difference +1.0000 [{low:+.4f}, {high:+.4f}]"
+    line = f"em: clean 0.0000 (n 1), flagged 1.0000 (n 1), difference +1.0000 [{low:+.4f}, {high:+.4f}]"
     assert line in out and f"item 0, row 1 (of 1 rows): {' '.join(words(ITEM)[:13])}" in out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["train"] == "train.jsonl" and [item["item"] for item in report["items"]] == [0]
@@ -205,13 +246,16 @@ def test_the_command(command, tmp_path):
         ([], {"train": "none.jsonl"}, "none.jsonl does not exist"),
         ([], {"train": "broken.jsonl"}, "broken.jsonl: after row 0: JSON parse error"),
         (["--n", "0"], {}, "--n 0: needs a number of words above 0"),
-        (["--scores", "none"], {}, "--scores none: FileNotFoundError"),
-        (["--scores", "train.jsonl"], {}, "--scores train.jsonl: KeyError: 'scores'"),
-        (["--scores", "short.jsonl"], {}, "--scores short.jsonl has 1 documents and the benchmark 2 rows"),
+        (["--scores", "none"], {}, "none: No such file"),
+        (["--scores", "train.jsonl"], {}, "--scores train.jsonl is no scores.jsonl of a task that is scored"),
+        (["--scores", "scores.jsonl"], {}, " is no task; needed is <output_dir>/<task>/scores.jsonl"),
+        (["--scores", "mixed.jsonl"], {}, "--scores mixed.jsonl is no scores.jsonl"),
+        (["--scores", "broken.jsonl"], {}, "broken.jsonl, line 2 is not JSON"),
     ],
 )
 def test_what_the_user_can_mend(command, tmp_path, argv, changed, said):
-    (tmp_path / "short.jsonl").write_text('{"scores": {"em": 1.0}}\n')
+    (tmp_path / "scores.jsonl").write_text('{"doc_sha": "0", "scores": {"em": 1.0}}\n')
+    (tmp_path / "mixed.jsonl").write_text('{"doc_sha": "0", "scores": {"em": 1.0}}\n{"doc_sha": "1", "scores": {}}\n')
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text":\n')
     code, out, err = command(*argv, "--output", "report.json", **changed)
     assert code == 2 and said in err and "Traceback" not in err and out == ""

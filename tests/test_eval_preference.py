@@ -84,6 +84,22 @@ def test_bootstrap_says_how_many_draws_had_no_value():
     assert mean_interval([2, 4] * 50, range(100)) == pytest.approx((2.8, 3.2), abs=0.02)  # 3 +- 1.96 * 0.1
 
 
+def test_no_interval_has_no_width():
+    for values, prompts in (([4], ["p"]), ([4, 4, 4], list("pqr")), ([2, 5], ["p", "p"]), ([0.1] * 7, range(7))):
+        assert np.isnan(mean_interval(values, prompts)).all()
+    # shares of n prompts vary most where each is 0 or 1, so Wilson's is safe
+    assert share_interval([0.5] * 12, [n // 2 for n in range(12)]) == share_interval([0.5] * 6, range(6))
+    low, high = share_interval([1.0, 0.0], ["p", "p"])
+    assert low < 0.1 and high > 0.9
+    first, second = bradley_terry_draws([0.5] * 6, range(6)), bradley_terry_draws([1, 1, 0], ["p"] * 3)
+    assert np.isnan(first).all() and np.isnan(second).all()
+
+
+def bradley_terry_draws(scores, prompts):
+    zero, one = np.zeros(len(scores), int), np.ones(len(scores), int)
+    return bootstrap(lambda weights: bradley_terry(zero, one, np.array(scores, float), 2, weights), prompts)[0]
+
+
 # ---- Bradley-Terry ----------------------------------------------------------------------------------
 
 
@@ -182,10 +198,29 @@ def test_logistic_is_the_maximum_that_scipy_finds():
         ),  # the longer one always wins, and there is no end to the coefficient
         ([1, 0, 1, 0], [5, 5, 5, 5], [5, 5, 5, 5]),
         ([1], [5], [4]),
+        ([1, 0.5, 0], [6, 7, 6], [0, 0, 0]),  # tanh of 12 is 1 but for 2e-9
     ],
 )
 def test_length_control_is_none_where_it_cannot_be_told(scores, a, b):
     assert set(length_controlled(scores, a, b, range(len(a))).values()) == {None}
+
+
+def test_lengths_that_differ_by_about_as_much_everywhere():
+    """Answers of 600 and of 300 characters, give or take 15: nothing says what equal ones would have been voted."""
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        a, b = 600 + draw.integers(-15, 16, 30), 300 + draw.integers(-15, 16, 30)
+        votes = draw.choice([0, 0.5, 1], 30)
+        assert length_controlled(votes, a, b, range(30))["lc_win_rate"] is None
+    for off in range(100):  # up to where they tell
+        found = length_controlled(votes, a + 5 * off - 300, b, range(30))
+        assert all(value is None or np.isfinite(value).all() for value in found.values())
+        assert off != 0 or 0 < found["lc_win_rate"] < 1
+
+
+def test_draws_of_ties_alone_give_a_rate_without_an_interval():
+    found = length_controlled([0.5] * 6, [1, 2, 3, 4, 5, 6], [3, 3, 3, 3, 3, 3], range(6))
+    assert found["lc_win_rate"] == 0.5 and found["lc_ci95"] is None and found["lc_undefined_draws"] < 50
 
 
 # ---- agreement --------------------------------------------------------------------------------------
@@ -272,7 +307,19 @@ def test_sheets_of_runs_are_blind_and_leave_identical_answers_out(tmp_path, monk
             assert cells["left"] == ("'" if row["left"][0] == "=" else "") + row["left"] and cells["vote"] == ""
         for kind in ("jsonl", "csv"):
             assert "secret_" not in Path(f"out/sheet-{rater}.{kind}").read_text()
+        assert Path(f"out/sheet-{rater}.csv").read_bytes().startswith(b"\xef\xbb\xbfitem,prompt")
     assert (again := run(*command, script=SHEETS)).code == 2 and "out has sheets" in again.err
+    check(
+        run(*command[:-1], "secret_sft/open_ended/samples.jsonl", script=SHEETS),
+        "samples.jsonl cannot be made: File exists",
+    )
+    check(run(*command[:-1], "out/key.json/x", script=SHEETS), "out/key.json/x cannot be made: Not a directory")
+    check(run(*command, "--raters", "alice", "bob", "Alice", script=SHEETS), "names that differ by case alone share")
+
+
+def check(done, said: str) -> None:
+    """One sentence and nothing else."""
+    assert done.code == 2 and said in done.err and "Traceback" not in done.err and done.err.count("\n") == 1, done
 
 
 def read_rows_exactly(path):
@@ -371,12 +418,106 @@ def test_a_filled_in_spreadsheet_counts_as_votes(sheets, delimiter):
         ({"item": 99, "vote": "left"}, "there is no item 99"),
         ({"item": 1, "vote": "a"}, "item 1: a vote is one of left, right, tie, bad"),
         ({"item": 1, "vote": "tie", "left_honest": 7}, "ratings are 1 to 5"),
+        ({"item": 1, "vote": "tie", "left_honest": True}, "ratings are 1 to 5"),
+        ({"item": True, "vote": "tie"}, "there is no item True"),
+        ({"item": [1], "vote": "tie"}, "there is no item [1]"),
+        ({"item": 1, "vote": ["tie"]}, "item 1: a vote is one of"),
+        ({"vote": "tie"}, "there is no item None"),
     ],
 )
 def test_what_is_no_vote_is_refused(sheets, row, said):
     append_vote("out/votes-alice.jsonl", row)
+    check(run("--sheets", "out", script=REPORT), said)
+    assert not Path("out/report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("item,vote\n1,left\n2,tie\n1,right\n", "two votes on item 1: delete one"),
+        ("item,Vote\n1,left\n", "the first row has to name the columns"),
+        ("1,left\n", "the first row has to name the columns"),
+        ("item,vote\none,left\n", "there is no item one"),
+    ],
+)
+def test_a_spreadsheet_that_is_none_of_ours_is_refused(sheets, text, said):
+    Path("out/sheet-bob.csv").write_text(text)
+    check(run("--sheets", "out", script=REPORT), said)
+
+
+def test_long_answers_and_an_emptied_spreadsheet(sheets):
+    path = Path("out/sheet-bob.csv")
+    path.write_text(f"item,vote,left\n1,left,{'x' * 200_000}\n")
+    assert [row["item"] for row in read_votes("out", sheets)] == [1]
+    path.write_text("")
+    assert read_votes("out", sheets) == []
+
+
+JUDGED = {"item": 1, "judge": "j", "first": "a", "second": "a", "vote": "a"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"item": 1}], "judge.jsonl, row 1 is none of judge.py's"),
+        ([JUDGED, JUDGED | {"item": 2, "vote": "left"}], "judge.jsonl, row 2 is none of judge.py's"),
+        ([JUDGED | {"first": ["a"]}], "row 1 is none of judge.py's"),
+        ([JUDGED | {"item": [1]}], "row 1: there is no item [1]"),
+        ([JUDGED, JUDGED], "row 2: there is no item 1, or it is there twice"),
+        ([JUDGED | {"item": 13}], "row 1: there is no item 13"),
+        ([], "judge.jsonl is empty"),
+    ],
+)
+def test_what_no_judge_wrote_is_refused(sheets, rows, said):
+    vote(sheets, "alice", 1, "a")
+    write_rows("judge.jsonl", rows)
+    check(run("--sheets", "out", "--judge", "judge.jsonl", script=REPORT), said)
+    assert not Path("out/report.json").exists()
+
+
+def test_a_damaged_key_is_one_sentence(sheets):
+    vote(sheets, "alice", 1, "a")
+    item = sheets["items"][0]
+    damaged = [
+        {},
+        [],
+        sheets | {"items": []},
+        sheets | {"items": [1]},
+        sheets | {"raters": None},
+        sheets | {"raters": ["x"]},
+    ]
+    damaged.append(sheets | {"items": [{name: item[name] for name in item if name != "answers"}]})
+    for key in damaged:
+        Path("out/key.json").write_text(json.dumps(key))
+        check(run("--sheets", "out", script=REPORT), "out/key.json is damaged")
+    check(run("--sheets", "out", "--output", "x.jsonl", script=EXPORT), "out/key.json is damaged")
+    check(run("--sheets", "out", "--model_name_or_path", "none", script=JUDGE), "out/key.json is damaged")
+    assert not Path("out/report.json").exists()
+
+
+def test_outputs_that_cannot_be_written_are_refused_first(sheets, endpoint):
+    """Of the judge before it is asked: no server is there."""
+    vote(sheets, "alice", 1, "a")
+    Path("folder").mkdir()
+    for output, said in (("none/x", "none is not a folder"), ("one.jsonl/x", "one.jsonl is not a folder")):
+        check(run("--sheets", "out", "--output", output, script=EXPORT), said)
+        judging = ["--endpoint", "http://127.0.0.1:9", "--judge_model", "stub", "--output", output]
+        check(run("--sheets", "out", *judging, script=JUDGE), said)
+    check(run("--sheets", "out", "--output", "folder", script=EXPORT), "folder is a folder: name a file in it")
+    check(run("--sheets", "out", *judging[:-1], "x", "--batch_size", 0, script=JUDGE), "--batch_size 0: needs a number")
+    Path("out/report.json").mkdir()
+    check(run("--sheets", "out", script=REPORT), "out/report.json is a folder")
+
+
+def test_what_has_no_interval_is_said(sheets):
+    for number in range(1, 7):
+        vote(sheets, "alice", number, "tie", left_helpful=3 if number == 1 else None)
     done = run("--sheets", "out", script=REPORT)
-    assert done.code == 2 and said in done.err and not Path("out/report.json").exists()
+    assert done.code == 0 and "| one.jsonl | 1000 [no interval] |" in done.out, done.err
+    assert " | 50.0 [18.8, 81.2] | 1 | 50.0 [no interval] | " in done.out and " | 3.00 [no interval] | " in done.out
+    assert done.out.count("[no interval]: the draws of the bootstrap are all alike") == 1
+    report = json.loads(Path("out/report.json").read_text())
+    assert [row["ci95"] for row in report["bradley_terry"]["scores"]] == [None, None]
 
 
 def voted(key, seed=0):
@@ -468,7 +609,7 @@ def test_report_finds_planted_ratings_side_bias_and_three_models():
     for row, truth in zip(report["bradley_terry"]["scores"], (-1, 0, 1), strict=True):
         assert row["ci95"][0] < 1000 + truth * 400 / math.log(10) < row["ci95"][1]
     for model, helpful in ((model, found["helpful"]) for model, found in report["ratings"]["models"].items()):
-        assert helpful["mean"] == level[model] and helpful["ci95"] == [level[model]] * 2 and helpful["n"] == 240
+        assert helpful["mean"] == level[model] and helpful["ci95"] is None and helpful["n"] == 240  # all alike
         assert helpful["share_4_or_5"] == (model == "strong")
     assert report["ratings"]["alpha"]["helpful"] == {"alpha": 1.0, "units": 360}
     assert abs(report["pairs"][0]["alpha"]) < 0.4
@@ -657,3 +798,6 @@ def test_an_endpoint_that_fails_is_one_sentence(sheets, endpoint):
     assert done.code == 2 and "12 of 12 items left out, whose prompts the endpoint refuses" in done.err
     done = run("--sheets", "out", "--endpoint", "http://127.0.0.1:9/v1", "--judge_model", "stub", script=JUDGE)
     assert done.code == 2 and "http://127.0.0.1:9/v1: " in done.err
+    for url in ("http://127.0.0.1:port", "httpx"):
+        check(run("--sheets", "out", "--endpoint", url, "--judge_model", "stub", script=JUDGE), f"{url}: ")
+    check(run("--sheets", "out", *endpoint(lambda a, b: ["A"]), script=JUDGE), "expected string")

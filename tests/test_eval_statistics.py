@@ -10,7 +10,6 @@ from llm_recipes.evaluation.statistics import (
     clustered_stderr,
     detectable,
     estimate,
-    interval,
     mean_stderr,
     paired,
     pass_at_k,
@@ -38,14 +37,14 @@ def test_mean_and_error_are_those_of_lm_eval():
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (5, 5), (19, 1319), (1, 1), (82, 164)])
 def test_shares_have_wilsons_interval(right, n):
     expected = stats.binomtest(right, n).proportion_ci(0.95, "wilson")
-    assert interval([1] * right + [0] * (n - right)) == approx(tuple(expected), abs=1e-6)
+    assert estimate([1] * right + [0] * (n - right))[2:] == approx(tuple(expected), abs=1e-6)
 
 
 def test_other_scores_have_a_normal_interval():
-    assert interval([2.0, 4.0, 9.0]) == approx((5 - 1.959964 * math.sqrt(13 / 3), 5 + 1.959964 * math.sqrt(13 / 3)))
+    assert estimate([2.0, 4.0, 9.0])[2:] == approx((5 - 1.959964 * math.sqrt(13 / 3), 5 + 1.959964 * math.sqrt(13 / 3)))
     values = [0, 1, 0.5] * 10
     half = 1.959964 * np.std(values, ddof=1) / math.sqrt(30)
-    assert interval(values) == approx((0.5 - half, 0.5 + half))
+    assert estimate(values)[2:] == approx((0.5 - half, 0.5 + half))
 
 
 def test_the_error_of_a_ratio_agrees_with_the_bootstrap():

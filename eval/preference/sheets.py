@@ -25,7 +25,9 @@ def main():
     if len(args.runs) < 2 or len(set(args.runs)) < len(args.runs):
         raise UserError("--runs: give two or more, each once")
     if len({check_name(rater).casefold() for rater in args.raters}) < len(args.raters):
-        raise UserError("--raters: give each name once; names that differ by case alone share their files on some disks")
+        raise UserError(
+            "--raters: give each name once; names that differ by case alone share their files on some disks"
+        )
     if Path(args.output, "key.json").exists():
         raise UserError(f"{args.output} has sheets, and maybe votes on them: choose another --output")
     runs = {}

@@ -106,12 +106,15 @@ def scan(index: Index, batches: Iterable[Sequence[str]]) -> dict:
     }  # fmt: skip
 
 
-def split_scores(scores: Sequence[dict[str, float]], flagged: set[int]) -> dict[str, dict]:
-    """Means of each metric over the clean and the flagged items; `ci95`, of their difference, where scores are 0 or 1."""
+def split_scores(scores: dict[int, dict[str, float]], flagged: set[int]) -> dict[str, dict]:
+    """Means of each metric over the clean and the flagged items; `ci95`, of their difference, where scores are 0 or 1.
+
+    `scores` are {item: {metric: score}} of the items that have any.
+    """
     report = {}
-    for metric in scores[0]:
+    for metric in next(iter(scores.values())):
         parts = {"clean": [], "flagged": []}
-        for item, score in enumerate(scores):
+        for item, score in scores.items():
             parts["flagged" if item in flagged else "clean"].append(score[metric])
         clean, dirty = parts.values()
         figures = {name: {"n": len(values), "mean": sum(values) / len(values) if values else None}

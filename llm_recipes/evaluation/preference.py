@@ -61,7 +61,7 @@ def read_key(folder: str) -> dict:
         key = json.loads(path.read_text(encoding="utf-8"))
         whole = key["items"] and {"seed", "models", "raters", "identical"} <= key.keys()
         for item in key["items"]:
-            whole &= ITEM <= item.keys() and set(key["raters"]) <= item["left"].keys()
+            whole &= item.keys() >= ITEM and set(key["raters"]) <= item["left"].keys()
     except OSError as error:
         raise UserError(f"{folder} has no key.json: make the sheets with eval/preference/sheets.py") from error
     except (ValueError, TypeError, LookupError, AttributeError):
@@ -162,7 +162,8 @@ def write_sheets(folder: str, key: dict, raters: list[str]) -> None:
         table = csv.writer(text := io.StringIO())
         table.writerow([*rows[0], "vote", *RATINGS, "comment"])
         table.writerows([_cell(value) for value in row.values()] + [""] * (len(RATINGS) + 2) for row in rows)
-        write_text(Path(folder, f"sheet-{rater}.csv"), "\ufeff" + text.getvalue())  # Excel takes it for UTF-8 by this mark
+        marked = "\ufeff" + text.getvalue()  # Excel takes it for UTF-8 by this mark
+        write_text(Path(folder, f"sheet-{rater}.csv"), marked)
     write_json(Path(folder, "key.json"), key)
 
 

@@ -49,8 +49,8 @@ def table(results: dict) -> str:
     for name, task in results["tasks"].items():
         limited = f" (first {task['limit']})" if task["limit"] else ""
         for metric, m in task["metrics"].items():
-            interval = "" if m["ci95"] is None else f"{m['ci95'][0]:.4f} to {m['ci95'][1]:.4f}"
-            lines.append(f"| {name}{limited} | {metric} | {m['value']:.4f} | {interval} | {m['n']:,} |")
+            interval = "" if m["ci95"] is None else f"{m['ci95'][0]:.4g} to {m['ci95'][1]:.4g}"
+            lines.append(f"| {name}{limited} | {metric} | {m['value']:.4g} | {interval} | {m['n']:,} |")
         if not task["metrics"]:
             lines.append(f"| {name}{limited} | no score | | | {task['n']:,} |")
     return "\n".join(lines)

@@ -35,14 +35,9 @@ def estimate(values: Sequence[float], clusters: Sequence | None = None) -> tuple
     low, high = mean - Z * stderr, mean + Z * stderr
     if values.min() < 0 or values.max() > 1:
         return mean, stderr, low, high
-    if _binary(values) and not _enough(clusters) or not stderr > 1e-12:
+    if (_binary(values) and not _enough(clusters)) or not stderr > 1e-12:
         return mean, stderr, *wilson(values.sum(), len(values))  # of all with this mean, 0 and 1 vary most
     return mean, stderr, max(low, 0.0), min(high, 1.0)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The interval of `estimate`."""
-    return estimate(values)[2:]
 
 
 def ratio_stderr(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float]:

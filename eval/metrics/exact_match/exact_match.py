@@ -4,7 +4,7 @@ import datasets
 import evaluate
 
 from llm_recipes.evaluation.extract import same_text
-from llm_recipes.evaluation.statistics import interval
+from llm_recipes.evaluation.statistics import estimate
 
 
 class ExactMatch(evaluate.Metric):
@@ -21,4 +21,4 @@ class ExactMatch(evaluate.Metric):
     def _compute(self, predictions, references, ignore_case=False, regexes_to_ignore=()):
         pairs = zip(predictions, references, strict=True)
         right = [float(same_text(*pair, ignore_case, regexes_to_ignore)) for pair in pairs]
-        return {"exact_match": sum(right) / len(right), "ci95": interval(right)}
+        return {"exact_match": sum(right) / len(right), "ci95": estimate(right)[2:]}
