@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llm_recipes.errors import UserError, entrypoint
-from llm_recipes.evaluation.preference import read_jsonl
-from llm_recipes.evaluation.results import load_results
+from llm_recipes.evaluation.results import load_results, read_jsonl
 from llm_recipes.evaluation.statistics import Paired, detectable, paired, ratio_stderr
 from llm_recipes.metrics import Z
 

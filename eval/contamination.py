@@ -16,8 +16,7 @@ from llm_recipes.config import Source
 from llm_recipes.datasets import load_rows
 from llm_recipes.errors import UserError, entrypoint
 from llm_recipes.evaluation.contamination import Index, scan, split_scores, strings
-from llm_recipes.evaluation.preference import read_jsonl
-from llm_recipes.evaluation.results import check_output
+from llm_recipes.evaluation.results import check_output, read_jsonl
 from llm_recipes.evaluation.runs import write_json
 from llm_recipes.evaluation.tasks import digest, load_tasks
 

@@ -20,8 +20,8 @@ from llm_recipes.evaluation.preference import (
     check_name,
     check_vote,
     read_csv_votes,
-    read_jsonl,
 )
+from llm_recipes.evaluation.results import read_jsonl
 
 # Five numbers in a row: the circles take no room, the chosen number is coloured
 CSS = """fieldset .wrap {flex-wrap: nowrap; gap: 4px} fieldset label {padding: 4px 10px; min-width: 0}

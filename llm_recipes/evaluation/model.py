@@ -3,6 +3,9 @@
 What makes it fast: contexts that begin alike are computed once, choices share the context of their question, a finished
 answer's place in the batch goes to the next prompt, and logits are computed only where they are read. With
 `max_batch_tokens: 1` each sequence goes through the model alone and whole, which gives lm-eval's numbers to the bit.
+
+Answers do not go through transformers' `generate_batch`: its batches follow a thread's timing, so that two runs may differ in
+the last bits, it knows no stop strings, and on the CPU it took 1.4 times as long (docs/evaluation.md).
 """
 
 import copy

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from llm_recipes.errors import UserError
-from llm_recipes.evaluation.results import check_output
+from llm_recipes.evaluation.results import check_output, read_jsonl
 from llm_recipes.evaluation.runs import write_json, write_lines, write_text
 from llm_recipes.evaluation.statistics import sign_test
 from llm_recipes.metrics import wilson
@@ -35,23 +35,6 @@ UNDEFINED = 0.05  # share of bootstrap draws without a value beyond which there 
 
 
 # ---- files ------------------------------------------------------------------------------------------
-
-
-def read_jsonl(path: str | Path) -> list[dict]:
-    """The objects in the lines of a file. Raises UserError for a file or a line that is none."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # answers may hold other line separators
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON: mend or delete it") from error
-        if rows and not isinstance(rows[-1], dict):
-            raise UserError(f"{path}, line {number} is not an object")
-    return rows
 
 
 def read_key(folder: str) -> dict:

@@ -33,6 +33,23 @@ def add_result(folder: Path, head: dict, task: str, entry: dict) -> dict:
     return results
 
 
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The objects in the lines of a file. Raises UserError for a file or a line that is none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # answers may hold other line separators
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON: mend or delete it") from error
+        if rows and not isinstance(rows[-1], dict):
+            raise UserError(f"{path}, line {number} is not an object")
+    return rows
+
+
 def check_output(path: str | Path) -> Path:
     """The path of a file to write. Raises UserError where that cannot be, before any work is done for it."""
     path = Path(path)
