@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llm_recipes.errors import UserError, entrypoint
-from llm_recipes.evaluation.results import load_results, read_jsonl
+from llm_recipes.evaluation.results import load_results, markdown, read_jsonl
 from llm_recipes.evaluation.statistics import Paired, detectable, paired, ratio_stderr
 from llm_recipes.metrics import Z
 
@@ -90,11 +90,6 @@ def shown(metric: dict) -> str:
     return f"{number(value)} [{number(low)}, {number(high)}]"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def report(runs: list[Run], scores: dict[str, list[list[dict]] | None]) -> str:
     """`scores`: of each task the lines of each run, None where there are none."""
     names = [chr(ord("A") + i) for i in range(len(runs))]
@@ -132,11 +127,11 @@ def report(runs: list[Run], scores: dict[str, list[list[dict]] | None]) -> str:
                     number(detectable(found.stderr) if varies else None),
                 ]
                 differences.append([title, metric, f"{name} - A", *cells])
-    parts = ["\n".join(header), table(["task", "metric", "n", *names], values)]
+    parts = ["\n".join(header), markdown(["task", "metric", "n", *names], values)]
     if differences:
         head = ["task", "metric", "runs", "difference", "95 % interval", "p", "A higher", "other higher", "detectable"]
         parts += [
-            table(head, differences),
+            markdown(head, differences),
             "Differences are paired by document; p is McNemar's exact test, of scores that are 0 or 1. detectable: the true\n"
             "difference that documents as many and as unlike as these find four times in five. n/a: differences that are all\n"
             "alike, or scores other than 0 and 1.",

@@ -40,6 +40,8 @@ def main():
     if config.dry_run:
         return
 
+    run = run_facts(config)
+
     # 3. Answers, unit by unit; what is there from a run that was stopped is taken
     for job in jobs:
         started = time.perf_counter()
@@ -59,11 +61,10 @@ def main():
             lines = runs.in_order(folder / job.name) if config.rescore else runs.joined(folder / job.name)
             entry, scores = job.result(lines, seconds)
             runs.write_lines(folder / job.name / "scores.jsonl", scores)
-            results = add_result(folder, head, job.name, entry)
+            results = add_result(folder, head, job.name, {"run": run} | entry)
     for name in others:
-        found = lm_eval_tasks.measure(name.removeprefix(lm_eval_tasks.PREFIX), model, config, run_facts(config))
-        for task, entry in found.items():
-            results = add_result(folder, head, task, entry)
+        for task, entry in lm_eval_tasks.measure(name.removeprefix(lm_eval_tasks.PREFIX), model, config).items():
+            results = add_result(folder, head, task, {"run": run} | entry)
 
     # 5. The table
     if processes.is_main_process:

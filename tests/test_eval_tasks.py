@@ -408,7 +408,7 @@ def test_a_task_of_lm_eval(tmp_path, monkeypatch):
     model = tiny(1, context=512)
     config = EvaluationConfig("x", ["lm_eval:sciq"], "x", limit=2)
     small(monkeypatch, THEIRS / "sciq")
-    (name, entry), = lm_eval_tasks.measure("sciq", model, config, {}).items()  # fmt: skip
+    (name, entry), = lm_eval_tasks.measure("sciq", model, config).items()  # fmt: skip
     assert name == "lm_eval:sciq" and entry["n"] == entry["limit"] == 2 and set(entry["metrics"]) == {"acc", "acc_norm"}
     assert entry["metrics"]["acc"]["n"] == 2 and 0 <= entry["metrics"]["acc"]["value"] <= 1
 

@@ -18,8 +18,8 @@ from llm_recipes.evaluation.preference import (
     VOTES,
     append_vote,
     check_name,
-    check_vote,
     read_csv_votes,
+    read_page_votes,
 )
 from llm_recipes.evaluation.results import read_jsonl
 
@@ -108,7 +108,7 @@ def main():
     numbers = {item["item"] for item in items}
     if filled := read_csv_votes(sheet.with_suffix(".csv"), numbers):
         raise UserError(f"{sheet.with_suffix('.csv')} has {len(filled)} votes: go on there, or empty it")
-    votes = {row.get("item"): check_vote(row, numbers, str(path)) for row in read_jsonl(path)} if path.exists() else {}
+    votes = read_page_votes(path, numbers)
     page = build(gr, items, votes, path)
     print(
         f"http://127.0.0.1:{args.port} for {args.rater}: {len(votes)} of {len(items)} rated. Ctrl-C ends it", flush=True

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llm_recipes.errors import UserError, entrypoint
 from llm_recipes.evaluation.preference import make_report, read_judged, read_key, read_votes
-from llm_recipes.evaluation.results import check_output
+from llm_recipes.evaluation.results import check_output, markdown
 from llm_recipes.evaluation.runs import write_json
 
 NO_INTERVAL = "[no interval]"
@@ -26,9 +26,7 @@ def figure(value: float | None, ends: list[float] | None, scale: float = 100, di
 
 
 def table(head: str, rows: list[list]) -> str:
-    columns = head.split(" | ")
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+    return markdown(head.split(" | "), rows) + "\n"
 
 
 def comparison(found: dict) -> str:

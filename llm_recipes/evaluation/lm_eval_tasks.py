@@ -24,8 +24,8 @@ def check(names: Sequence[str]) -> None:
             raise UserError(f"tasks: lm-eval has no task {name.removeprefix(PREFIX)}: `lm_eval ls tasks` lists them")
 
 
-def measure(name: str, model: Model, config: EvaluationConfig, run: dict) -> dict[str, dict]:
-    """Entries of results.json for the task or group `name` of lm-eval, written with `run`. Raises UserError for what it refuses."""
+def measure(name: str, model: Model, config: EvaluationConfig) -> dict[str, dict]:
+    """Entries of results.json for the task or group `name` of lm-eval. Raises UserError for what it refuses."""
     import lm_eval  # only here: it is slow to import
     from lm_eval.models.huggingface import HFLM
 
@@ -55,6 +55,6 @@ def measure(name: str, model: Model, config: EvaluationConfig, run: dict) -> dic
             "version": f"lm-eval {lm_eval.__version__}, {found['versions'].get(task)}", "protocol": "lm-eval's own run",
             "num_fewshot": found["n-shot"].get(task, 0), "seed": 1234, "n": found["n-samples"].get(task, {}).get("effective", 0),
             "limit": config.limit, "data": {"path": str(found["configs"].get(task, {}).get("dataset_path")), "own_files": False, "sha256": None},
-            "generation": None, "sandbox": None, "truncated": 0, "unfinished": 0, "seconds": 0.0, "run": run, "metrics": metrics,
+            "generation": None, "sandbox": None, "truncated": 0, "unfinished": 0, "seconds": 0.0, "metrics": metrics,
         }  # fmt: skip
     return entries

@@ -97,8 +97,7 @@ class Model:
             lengths = [len(requests[i][1][j]) for i, j in rest]
             size = sum(length >= ALIKE * lengths[0] for length in lengths)
             part, rest = rest[:size], rest[size:]
-            mine = copy.deepcopy(cache) if rest else cache
-            more = self._continue(mine, mask, [i for i, _ in part], [requests[i][1][j] for i, j in part])
+            more = self._continue(_again(cache), mask, [i for i, _ in part], [requests[i][1][j] for i, j in part])
             for (i, j), nats in zip(part, more, strict=True):
                 sums[i][j] += nats
         return sums
@@ -294,7 +293,7 @@ class Model:
         mask = torch.cat([own.new_ones(len(rests), shared), own], 1)
         positions = (mask.cumsum(1) - 1)[:, -width:].clamp(min=0)
         if prefix is not None:
-            prefix = copy.deepcopy(prefix)
+            prefix = _again(prefix)
             prefix.batch_repeat_interleave(len(rests))
         out = self.model(
             ids, attention_mask=mask, position_ids=positions, past_key_values=prefix, use_cache=True,
@@ -317,6 +316,13 @@ class _Stop(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         found = [self.model.stopped(tokens, self.stop) for tokens in input_ids[:, self.width :].tolist()]
         return torch.tensor(found, device=input_ids.device)
+
+
+def _again(cache: DynamicCache) -> DynamicCache:
+    """The same keys and values in a cache of its own: what is done to that one makes new tensors and leaves `cache`."""
+    again = copy.copy(cache)
+    again.layers = [copy.copy(layer) for layer in cache.layers]
+    return again
 
 
 def _joined(cache, mask, new_cache, new_mask) -> tuple[DynamicCache, torch.Tensor]:

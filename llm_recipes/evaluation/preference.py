@@ -176,6 +176,12 @@ def check_vote(vote: dict, numbers: set[int], where: str) -> dict:
     return vote
 
 
+def read_page_votes(path: Path, numbers: set[int]) -> dict[int, dict]:
+    """{item: last vote} of what the page wrote; none where there is no such file."""
+    rows = read_jsonl(path) if path.exists() else []
+    return {row.get("item"): check_vote(row, numbers, str(path)) for row in rows}
+
+
 def read_csv_votes(path: str | Path, numbers: set[int]) -> dict[int, dict]:
     """{item: vote} of the rows that are filled in in a CSV sheet; none where there is no such file, or an empty one.
 
@@ -207,9 +213,8 @@ def read_votes(folder: str, key: dict) -> list[dict]:
     """Votes of all raters, of each item the last one, from votes-<rater>.jsonl of the page and filled-in CSV sheets."""
     numbers, votes = {item["item"] for item in key["items"]}, []
     for rater in key["raters"]:
-        paged, path = {}, Path(folder, f"votes-{rater}.jsonl")
-        if path.exists():
-            paged = {row.get("item"): check_vote(row, numbers, str(path)) for row in read_jsonl(path)}
+        path = Path(folder, f"votes-{rater}.jsonl")
+        paged = read_page_votes(path, numbers)
         table = Path(folder, f"sheet-{rater}.csv")
         filled = read_csv_votes(table, numbers)
         if both := paged.keys() & filled.keys():

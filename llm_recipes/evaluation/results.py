@@ -60,6 +60,11 @@ def check_output(path: str | Path) -> Path:
     return path
 
 
+def markdown(head: list[str], rows: list[list]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [head, ["---"] * len(head), *rows])
+
+
 def table(results: dict) -> str:
     """Markdown: a row for each metric of each task, with its 95 % interval."""
     lines = ["| task | metric | value | 95 % | n |", "| --- | --- | ---: | ---: | ---: |"]

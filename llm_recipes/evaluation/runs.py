@@ -166,7 +166,7 @@ def _work(task, items: list[Item], indices: list[int], model: Model, generation,
             )
         return
     samples, length, stop = generation["num_samples"], generation["max_new_tokens"], generation["stop"]
-    sampling = Sampling(generation["temperature"], generation["top_p"])
+    sampling, ends = Sampling(generation["temperature"], generation["top_p"]), model.ends(stop)
 
     def uniforms(i: int) -> torch.Tensor:
         item, sample = items[i // samples], i % samples
@@ -177,14 +177,10 @@ def _work(task, items: list[Item], indices: list[int], model: Model, generation,
     written = model.generate(prompts, stop, length, sampling, uniforms if sampling.temperature else None)
     for place, (i, item) in enumerate(zip(indices, items, strict=True)):
         mine = written[place * samples : (place + 1) * samples]
-        unfinished = [len(tokens) == length and tokens[-1] not in model.ends(stop) for tokens in mine]
-        texts = [model.text(tokens, stop) for tokens in mine]
-        unfinished = sum(
-            cut and text == model.text(tokens, ()) for cut, text, tokens in zip(unfinished, texts, mine, strict=True)
-        )
+        cut = [t for t in mine if len(t) == length and t[-1] not in ends and not model.stopped(t, stop)]
         yield {
-            "item": i, "doc": item.doc, "doc_sha": item.sha, "prompt": item.prompt, "outputs": texts,
-            "tokens": [len(tokens) for tokens in mine], "unfinished": unfinished,
+            "item": i, "doc": item.doc, "doc_sha": item.sha, "prompt": item.prompt, "outputs": [model.text(tokens, stop) for tokens in mine],
+            "tokens": [len(tokens) for tokens in mine], "unfinished": len(cut),
         }  # fmt: skip
 
 

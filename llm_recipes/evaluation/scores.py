@@ -62,23 +62,32 @@ def math_scores(rows: Sequence[dict], answers: Sequence[Sequence[str]]) -> list[
     `solution`, as formulas, and math-verify's judgement of the whole answer. A comparison without end counts as wrong.
     """
     golds = [normalize_final_answer(last_boxed(row["solution"]) or "") for row in rows]
-    finals = [
-        (normalize_final_answer(minerva_final_answer(t)), gold)
-        for gold, ts in zip(golds, answers, strict=True)
-        for t in ts
+    pairs = [
+        [(normalize_final_answer(minerva_final_answer(text)), gold) for text in texts]
+        for gold, texts in zip(golds, answers, strict=True)
     ]
-    wholes = [(row["solution"], text) for row, texts in zip(rows, answers, strict=True) for text in texts]
-    found = {"exact_match": equal_all(finals, "minerva"), "math_verify": equal_all(wholes, "math_verify")}
-    for name, (_, endless) in found.items():
-        if endless:
-            print(f"{name}: {endless} comparisons did not end and count as wrong", flush=True)
-    shares = {name: _means(equal, answers) for name, (equal, _) in found.items()}
-    return [{name: shares[name][i] for name in shares} for i in range(len(rows))]
+    exact = _shares("exact_match", "minerva", pairs)
+    return [{"exact_match": share, **boxed} for share, boxed in zip(exact, boxed_scores(rows, answers), strict=True)]
 
 
 def boxed_scores(rows: Sequence[dict], answers: Sequence[Sequence[str]]) -> list[dict[str, float]]:
     """math-verify's judgement alone, for answers that were asked for in `\\boxed{}`."""
-    return [{"math_verify": scores["math_verify"]} for scores in math_scores(rows, answers)]
+    pairs = [[(row["solution"], text) for text in texts] for row, texts in zip(rows, answers, strict=True)]
+    return [{"math_verify": share} for share in _shares("math_verify", "math_verify", pairs)]
+
+
+def _shares(name: str, which: str, pairs: Sequence[Sequence[tuple[str, str]]]) -> list[float]:
+    """The share of each row's pairs that are equal; says how many comparisons of the metric `name` had no end."""
+    equal, endless = equal_all([pair for row in pairs for pair in row], which)
+    if endless:
+        print(f"{name}: {endless} comparisons did not end and count as wrong", flush=True)
+    return [sum(found) / len(found) for found in regrouped(equal, pairs)]
+
+
+def regrouped(values: Sequence, groups: Sequence[Sequence]) -> list[list]:
+    """`values` in lists as long as the groups are."""
+    rest = iter(values)
+    return [[next(rest) for _ in group] for group in groups]
 
 
 def program_scores(
@@ -91,11 +100,8 @@ def program_scores(
     late = sum(verdict.status == "timeout" for verdict in verdicts)
     if late:
         print(f"{late} of {len(verdicts)} programs did not end in time and count as wrong", flush=True)
-    scores, rest = [], iter(verdicts)
-    for texts in answers:
-        passed = [next(rest).passed for _ in texts]
-        scores.append(pass_scores(passed, [k for k in ks if k <= len(passed)]))
-    return scores
+    passed = regrouped([verdict.passed for verdict in verdicts], answers)
+    return [pass_scores(found, [k for k in ks if k <= len(found)]) for found in passed]
 
 
 def rows_choice_scores(choices: Callable[[dict], list[str]], gold: Callable[[dict], int], names: Sequence[str]):
@@ -106,9 +112,3 @@ def rows_choice_scores(choices: Callable[[dict], list[str]], gold: Callable[[dic
         return [{name: scores[name] for name in names} for scores in found]
 
     return score
-
-
-def _means(values: Sequence[bool], grouped: Sequence[Sequence]) -> list[float]:
-    """The mean of as many values as each group has members."""
-    rest = iter(values)
-    return [sum(next(rest) for _ in group) / len(group) for group in grouped]

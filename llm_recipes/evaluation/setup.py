@@ -15,7 +15,7 @@ from llm_recipes.adapters import whole_model
 from llm_recipes.config import EvaluationConfig, unknown_key
 from llm_recipes.conversations import Encoder, load_chat_tokenizer
 from llm_recipes.errors import UserError
-from llm_recipes.evaluation import runs
+from llm_recipes.evaluation import lm_eval_tasks, runs
 from llm_recipes.evaluation.model import Model
 from llm_recipes.evaluation.results import load_results
 from llm_recipes.evaluation.tasks import SEED, Item, Task, build, choose_rows, digest, examples, read_rows
@@ -73,7 +73,9 @@ def start(config: EvaluationConfig) -> PartialState:
     if problems:
         raise UserError("\n".join(problems))
     processes = PartialState(cpu=not has_accelerator(), timeout=timedelta(days=7))  # others wait while rank 0 scores
-    if any(name.startswith("lm_eval:") for name in config.tasks) and (processes.num_processes > 1 or config.rescore):
+    if any(name.startswith(lm_eval_tasks.PREFIX) for name in config.tasks) and (
+        processes.num_processes > 1 or config.rescore
+    ):
         raise UserError("tasks: those of lm-eval run in one process and are not rescored")
     return processes
 
@@ -155,10 +157,9 @@ def prepare(
     layers = sandbox.require(config.sandbox == "strict") if task.runs_code else None
     facts = {
         "version": task.version, "protocol": task.protocol, "num_fewshot": n, "seed": SEED if n and task.draw == "random" else None,
-        "n": len(rows), "limit": config.limit, "data": data, "run": run_facts(config),
+        "n": len(rows), "limit": config.limit, "data": data,
     }  # fmt: skip
-    identity = {"task": name, "limit": config.limit, "data": data["sha256"]}
-    identity |= {"protocol": task.version}
+    identity = {"task": name, "limit": config.limit, "data": data["sha256"], "protocol": task.version}
     job = Job(name, task, rows, [], [], identity, None, facts, layers, config.sandbox == "strict", [])
     if own:
         job.notes.append(f"{len(own)} of {len(rows):,} rows stand among their own examples")

@@ -154,8 +154,9 @@ def examples(task: Task, name: str, rows: list[dict], pool: list[dict], n: int) 
     for row in pool:
         grouped.setdefault(task.group and task.group(row), []).append(row)
     drawn = [grouped.get(task.group and task.group(row), [])[:n] for row in rows]
-    if short := min(map(len, drawn)) < n and next(i for i, few in enumerate(drawn) if len(few) < n) + 1:
-        raise UserError(f"num_fewshot: {name} has {len(drawn[short - 1])} examples for row {short - 1}, fewer than {n}")
+    for i, few in enumerate(drawn):
+        if len(few) < n:
+            raise UserError(f"num_fewshot: {name} has {len(few)} examples for row {i}, fewer than {n}")
     return drawn
 
 

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from llm_recipes.evaluation.scores import pass_scores
+from llm_recipes.evaluation.scores import pass_scores, regrouped
 from llm_recipes.sandbox import Program, judge
 
 
@@ -23,7 +23,7 @@ class PassAtK(evaluate.Metric):
             Program(code, tests) for codes, tests in zip(predictions, references, strict=True) for code in codes
         ]
         verdicts = judge(programs, strict=strict)
-        passed = iter([verdict.passed for verdict in verdicts])
-        scores = [pass_scores([next(passed) for _ in codes], k) for codes in predictions]
+        passed = regrouped([verdict.passed for verdict in verdicts], predictions)
+        scores = [pass_scores(found, k) for found in passed]
         means = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
         return means | {"timeouts": sum(verdict.status == "timeout" for verdict in verdicts)}
