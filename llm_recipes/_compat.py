@@ -2,12 +2,14 @@
 
 import atexit
 import contextlib
+import copy
 import math
 
 import torch
 import xxhash
 from datasets import Dataset
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.distributed.checkpoint import _redistribute_state_dict
 from transformers.integrations import deepspeed
 from trl import DPOTrainer
 
@@ -106,6 +108,44 @@ class PairsTrainer(DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
 
+def view(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of `module` whose children can be exchanged; until then they are the same objects."""
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    return copied
+
+
+def parallel_plans(model, config) -> tuple[dict, dict, dict]:
+    """{module or parameter: style} of tensor parallel, expert parallel and FSDP2 that transformers has for `model`."""
+    return model._resolve_parallel_plans(config)
+
+
+def plain_shards(tensors: dict, like: dict | None = None) -> dict:
+    """Tensors whose shards are pieces in one part: torch writes interleaved ones, as of packed weights, over each other.
+
+    With `like` the other way round.
+    """
+    return _redistribute_state_dict(tensors, like)
+
+
+def take_over(trainer, save, load, norm) -> None:
+    """Has `trainer` train a model that is sharded already: nothing is wrapped or moved, and its state goes through the given
+    functions: `save(folder)` and `load(folder)` for weights and optimizer in a checkpoint, `norm(greatest or None)` for the
+    gradient norm and its clipping.
+    """
+    trainer.is_distributed_loading_by_transformers = True
+    trainer._sync_replicated_trainable_parameters = lambda model: None  # they are alike, by construction
+    trainer._clip_grad_norm = lambda model: norm(trainer.args.max_grad_norm)
+    trainer._get_grad_norm = lambda model, grad_norm=None: norm(None) if grad_norm is None else grad_norm
+    trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler = save, load
+    trainer._load_from_checkpoint = lambda folder, model=None: None  # with the optimizer, later
+
+
+def split_inputs(trainer, split) -> None:
+    """Has `split(model, inputs)` say, in training and evaluation, in which context to run a batch, and give this rank's part."""
+    trainer._prepare_context_parallel_inputs = split
+
+
 def _whole(tensor):
     """A context in which a parameter that ZeRO-3 has sharded is there whole."""
     if not hasattr(tensor, "ds_id"):
@@ -124,3 +164,8 @@ def state_digest(model) -> str:
             digest.update(f"{name} {whole.dtype}".encode())
             digest.update(whole.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def actions(parser) -> list:
+    """The arguments of an argparse parser: dest, type, choices, default, help of each."""
+    return parser._actions

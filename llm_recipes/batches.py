@@ -20,7 +20,9 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback, Training
 from llm_recipes import _compat
 from llm_recipes.config import Ramp, micro_batch
 from llm_recipes.errors import UserError
+from llm_recipes.launch import global_batch, layout
 from llm_recipes.objectives import collate, targets_of
+from llm_recipes.sequence import split_sequences
 
 LEFT_OUT = "left_out_batches.json"
 
@@ -81,9 +83,10 @@ class Batches(torch.utils.data.Sampler):
     def __init__(self, size: int | None, length: int, args: TrainingArguments, ramp: Ramp | None):
         if ramp and size is None:
             raise UserError("batch_size_ramp: a stream is cut into equal batches: set streaming: false")
-        self.size, self.rank, self.world_size = size, args.process_index, args.world_size
-        self.limit = args.per_device_train_batch_size
-        self.batch_size = self.limit * args.gradient_accumulation_steps * args.world_size
+        ways = layout()
+        self.size, self.main, self.limit = size, args.process_index == 0, args.per_device_train_batch_size
+        self.rank, self.ways = ways.data_rank(args.process_index), args.world_size // ways.sharing
+        self.batch_size = global_batch(args)
         self.stages = self._stages(ramp, length) if ramp else []
         self.steps = args.max_steps if args.max_steps > 0 else self._steps_of(math.ceil(args.num_train_epochs * size))
         if (ramped := sum(steps for _, steps in self.stages)) >= self.steps:
@@ -107,8 +110,8 @@ class Batches(torch.utils.data.Sampler):
         while size < self.batch_size:
             stages.append((size, ramp.steps or math.ceil(ramp.tokens / (size * length))))
             size *= ramp.factor
-        if odd := [size for size, _ in stages if size % self.world_size]:
-            raise UserError(f"batch_size_ramp: a batch of {odd[0]} does not divide over {self.world_size} processes")
+        if odd := [size for size, _ in stages if size % self.ways]:
+            raise UserError(f"batch_size_ramp: a batch of {odd[0]} does not divide over {self.ways} processes")
         return stages
 
     def _steps_of(self, sequences: int) -> int:
@@ -137,7 +140,7 @@ class Batches(torch.utils.data.Sampler):
     def positions(self, step: int) -> list[list[int]]:
         """This rank's positions of step `step` (from 0), one list a micro-batch."""
         first, end = (self.start(self.batch(step) + i) for i in (0, 1))
-        share = (end - first) // self.world_size
+        share = (end - first) // self.ways
         mine = range(first + self.rank * share, first + (self.rank + 1) * share)
         size = micro_batch(share, self.limit)
         return [list(mine[i : i + size]) for i in range(0, share, size)]
@@ -151,7 +154,7 @@ class Batches(torch.utils.data.Sampler):
         """Takes the batch of `step` (from 0) out of the run for good, on rank 0 in a file too; returns its number."""
         batch = self.batch(step)
         self.left_out.append(batch)
-        if self.rank == 0:
+        if self.main:
             partial = self.file.with_suffix(".partial")
             partial.write_text(json.dumps(self.left_out))
             os.replace(partial, self.file)
@@ -217,6 +220,7 @@ def train_on(trainer: Trainer, examples: Examples, batches: Batches, objective: 
             items = torch.tensor(items, dtype=torch.int64, pin_memory=device.type == "cuda")
             items = items.to(device, non_blocking=True)
             torch.distributed.all_reduce(items)
+            items //= layout().sharing  # the others counted the same sequences
         return [micro_batches], items
 
     def accumulate(model, micro_batches, num_items_in_batch=None):
@@ -236,3 +240,4 @@ def train_on(trainer: Trainer, examples: Examples, batches: Batches, objective: 
 
     trainer.get_train_dataloader, trainer.get_batch_samples = dataloader, next_step
     trainer.training_step, trainer.floating_point_ops = accumulate, flops
+    split_sequences(trainer)

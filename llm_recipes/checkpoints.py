@@ -23,8 +23,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from llm_recipes import _compat
 from llm_recipes.config import SpikeGuard
 from llm_recipes.errors import Diverged, Interrupted, UserError
-from llm_recipes.launch import asked_strategy
+from llm_recipes.launch import checkpoint_format
 from llm_recipes.stability import Rollback, Watch
+from llm_recipes.universal import accept_any_world_size
 
 MANIFEST = "complete.json"
 CHECKPOINT_BYTES = (
@@ -90,18 +91,11 @@ def find_checkpoint(args: TrainingArguments, resume: str) -> str | None:
     if args.world_size > 1:
         broadcast_object_list(found)
     if found[0] is not None:
-        written = json.loads((Path(found[0]) / MANIFEST).read_text())
-        now = {"strategy": asked_strategy(), "world_size": args.world_size}
-        sharded = "DeepSpeed" in written["strategy"] + now["strategy"]
-        if written["strategy"] != now["strategy"] and (sharded or "FSDP" in written["strategy"] + now["strategy"]):
-            raise UserError(
-                f"{found[0]} was written under {written['strategy']} and cannot be continued under {now['strategy']}"
-            )
-        if sharded and written["world_size"] != now["world_size"]:
-            raise UserError(
-                f"{found[0]} was written by {written['world_size']} processes under {written['strategy']}: "
-                f"launch with --num_processes {written['world_size']}"
-            )
+        written, now = json.loads((Path(found[0]) / MANIFEST).read_text())["format"], checkpoint_format()
+        if written != now:
+            raise UserError(f"{found[0]} was written under {written} and cannot be continued under {now}")
+        if "DeepSpeed" in now:
+            accept_any_world_size()
     return found[0]
 
 
@@ -250,7 +244,7 @@ def protect(trainer: Trainer, after_save=None, spike_guard: SpikeGuard | None = 
             del trainer.model.save_pretrained
         args.distributed_state.wait_for_everyone()
         if args.process_index == 0:
-            commit(folder, step=step, strategy=asked_strategy(), world_size=args.world_size)
+            commit(folder, step=step, format=checkpoint_format(), world_size=args.world_size)
             best = Path(trainer.state.best_model_checkpoint or "").name
             others = [path for path in checkpoints(args.output_dir) if path.name != best]
             for old in others[guard.keep :] if guard.keep else []:

@@ -27,7 +27,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from llm_recipes.errors import UserError
-from llm_recipes.launch import check_launch, has_accelerator
+from llm_recipes.launch import check_launch, has_accelerator, layout
 
 
 @dataclass
@@ -181,6 +181,15 @@ class SpikeGuard:
 
 
 @dataclass
+class Diloco:
+    """`diloco`: under DDP every process trains alone, and all meet every `sync_every` steps. The defaults are the paper's."""
+
+    sync_every: int = 100
+    outer_learning_rate: float = 0.7
+    outer_momentum: float = 0.9
+
+
+@dataclass
 class OptimizationConfig:
     """What TrainingArguments do not offer."""
 
@@ -193,6 +202,16 @@ class OptimizationConfig:
     )
     spike_guard: SpikeGuard | None = field(
         default=None, metadata={"help": "window, z, action (warn, skip, rollback), max_rollbacks."}
+    )
+    diloco: Diloco | None = field(
+        default=None,
+        metadata={"help": "sync_every, outer_learning_rate, outer_momentum: processes that seldom communicate."},
+    )
+    pipeline_schedule: typing.Literal[
+        "GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+    ] = field(
+        default="1F1B",
+        metadata={"help": "Of a pipeline: how its stages take turns. The micro-batches are those of the accumulation."},
     )
     monitor: list[typing.Literal["activations", "gradients", "updates"]] = field(
         default_factory=list, metadata={"help": "Logged per layer at logging steps; for unsharded models."}
@@ -609,13 +628,11 @@ def _derive(values: dict) -> list[str]:
         return []
     if "gradient_accumulation_steps" in values:
         return ["gradient_accumulation_steps is derived from global_batch_size: set one of them"]
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if batch % world_size:
-        return [
-            f"global_batch_size {batch} does not divide over {world_size} processes: use a multiple of {world_size}"
-        ]
+    ways = layout().data
+    if batch % ways:
+        return [f"global_batch_size {batch} does not divide over {ways} processes: use a multiple of {ways}"]
     limit = values.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
-    per_rank = batch // world_size
+    per_rank = batch // ways
     values["per_device_train_batch_size"] = micro_batch(per_rank, limit)
     values["gradient_accumulation_steps"] = per_rank // values["per_device_train_batch_size"]
     return []

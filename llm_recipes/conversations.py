@@ -25,6 +25,7 @@ from llm_recipes._compat import fingerprint
 from llm_recipes.config import ConversationConfig, Source, micro_batch
 from llm_recipes.datasets import cache_dir, hasher, hold_out, load_rows, mix, rename, take_text_whole, whole_batches
 from llm_recipes.errors import UserError
+from llm_recipes.launch import global_batch
 from llm_recipes.tokenization import CHAT, PAD
 
 # ChatML, for a base model that has no template.
@@ -492,13 +493,15 @@ def make_rows(config: ConversationConfig, encoder: Encoder, kind: str, args):
         report.append(f"{rows:,} rows packed into {len(train):,} of up to {args.max_length} tokens")
         if evaluation is not None and args.eval_packing is not False:
             evaluation = pack_dataset(evaluation, args.max_length, args.packing_strategy)
-    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch_size = global_batch(args)
     drawn, what = (batch_size, "batch") if kind != "prompts" else (args.rollout_size // args.num_generations, "rollout")
     if len(train) < drawn:
         raise UserError(f"datasets: {len(train)} rows to train on, fewer than one {what} of {drawn}")
     train = whole_batches(train, drawn, report, args.seed, "rows to train on")
     if evaluation is not None:
-        args.per_device_eval_batch_size = micro_batch(batch_size // args.world_size, args.per_device_eval_batch_size)
+        args.per_device_eval_batch_size = micro_batch(
+            args.per_device_train_batch_size * args.gradient_accumulation_steps, args.per_device_eval_batch_size
+        )
         evaluation = whole_batches(evaluation, batch_size, report, args.seed, "held-out rows")
     return train, evaluation, report, digests
 

@@ -30,6 +30,7 @@ from llm_recipes import arithmetic
 from llm_recipes._compat import fingerprint
 from llm_recipes.config import DataConfig, Source, WindowConfig, micro_batch
 from llm_recipes.errors import UserError
+from llm_recipes.launch import layout
 
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 BATCH = 8_000_000  # characters tokenized at a time
@@ -450,7 +451,9 @@ def make_windows(
         )
     evaluation = None
     if evals:
-        args.per_device_eval_batch_size = micro_batch(batch_size // args.world_size, args.per_device_eval_batch_size)
+        args.per_device_eval_batch_size = micro_batch(
+            batch_size * layout().sharing // args.world_size, args.per_device_eval_batch_size
+        )
         whole = concatenate_datasets([part for part in evals if len(part)] or evals)
         evaluation = whole_batches(whole, batch_size, report, args.seed, "held-out windows").with_format("numpy")
     if windows.streaming:

@@ -1,13 +1,16 @@
-"""What was launched: processes, devices and strategy, and whether they can be what was asked for."""
+"""What was launched: processes, devices, layout and strategy, and whether they can be what was asked for."""
 
+import dataclasses
 import importlib.util
 import os
+import re
 import shutil
 import sysconfig
 from pathlib import Path
 
 import torch
 
+from llm_recipes import accelerate_yaml
 from llm_recipes.errors import UserError
 
 
@@ -24,23 +27,108 @@ def _flag(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1", "yes")
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How many ways the processes split the work; ranks count tp fastest, then sp, cp, dp_shard, dp_replicate, and pp last.
+
+    `pp` stages of layers, `dp_replicate` copies and `dp_shard` shards of each among whom the batch is split, `cp` and `sp`
+    parts of a sequence, `tp` parts of a matrix; `ep` groups of experts, which share out the ranks of dp_shard and tp.
+    """
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    sp: int = 1
+    tp: int = 1
+    ep: int = 1
+    own: bool = False  # llm_recipes.pipeline splits the model, rather than Accelerate
+
+    @property
+    def size(self) -> int:
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.sp * self.tp
+
+    @property
+    def data(self) -> int:
+        """Ways the batch is split."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that see the same sequences."""
+        return self.size // self.data
+
+    def data_rank(self, rank: int) -> int:
+        return rank // (self.cp * self.sp * self.tp) % self.data
+
+    @property
+    def same_tokens(self) -> int:
+        """Ranks that compute the loss of the same tokens; over the others gradients are averaged."""
+        return self.pp * self.tp
+
+    @property
+    def shards(self) -> int:
+        """Ways that weights or states are split."""
+        return self.size // self.dp_replicate
+
+
+def layout() -> Layout:
+    """The layout asked for: parallelism_config of the launcher's YAML, or what the strategy makes of all processes."""
+    world_size, given = int(os.environ.get("WORLD_SIZE", 1)), {}
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false") != "false":
+        for kind in ("pp", "ep"):  # ours: Accelerate does not hand them on
+            if f"PARALLELISM_CONFIG_{kind.upper()}_SIZE" not in os.environ:
+                sizes = accelerate_yaml.read(accelerate_yaml.launch_file())
+                os.environ[f"PARALLELISM_CONFIG_{kind.upper()}_SIZE"] = str(sizes[f"{kind}_size"])
+        names = [field.name for field in dataclasses.fields(Layout) if field.name != "own"]
+        given = {name: int(os.environ[f"PARALLELISM_CONFIG_{name.upper()}_SIZE"]) for name in names}
+        given["own"] = not (_flag("ACCELERATE_USE_FSDP") or _flag("ACCELERATE_USE_DEEPSPEED"))
+    found = Layout(**given)
+    if not given or (found.data == 1 and found.sp > 1):  # DeepSpeed deals what is left to data parallel
+        kind = "dp_shard" if _flag("ACCELERATE_USE_DEEPSPEED") or _flag("ACCELERATE_USE_FSDP") else "dp_replicate"
+        found = dataclasses.replace(found, **{kind: max(world_size // found.size, 1)})
+    return found
+
+
+def global_batch(args) -> int:
+    """Sequences of an optimizer step, over all processes, of TrainingArguments `args`."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size // layout().sharing
+
+
 def asked_strategy() -> str:
-    """Strategy the launcher asked for, in words: DeepSpeed ZeRO-3, FSDP2, DDP or single process."""
+    """Strategy the launcher asked for, in words: DeepSpeed ZeRO-3, FSDP2, DDP, single process; PP 2 x TP 2 and the like."""
+    ways = layout()
     if _flag("ACCELERATE_USE_DEEPSPEED"):
-        return f"DeepSpeed ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '?')}"
-    if _flag("ACCELERATE_USE_FSDP"):
-        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
-    return "DDP" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "single process"
+        name = f"DeepSpeed ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '?')}"
+    elif _flag("ACCELERATE_USE_FSDP"):
+        name = f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
+        name = f"{name} {ways.dp_shard}, {ways.dp_replicate} replicas" if ways.dp_replicate > 1 else name
+    elif not ways.own:
+        return "DDP" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "single process"
+    else:
+        name = f"FSDP2 {ways.dp_shard}" if ways.dp_shard > 1 else ""
+        name += f"{' x ' if name else ''}DDP {ways.dp_replicate}" if ways.dp_replicate > 1 else ""
+    others = {kind.upper(): getattr(ways, kind) for kind in ("pp", "cp", "sp", "tp", "ep")}
+    return " x ".join(filter(None, [name, *(f"{kind} {size}" for kind, size in others.items() if size > 1)]))
 
 
-def state_bytes(strategy: str, world_size: int) -> float:
+def checkpoint_format() -> str:
+    """What a checkpoint of this launch can be continued under: the same strategy, or any of several that write alike."""
+    strategy = asked_strategy()
+    if layout().own:
+        return "the layouts of llm_recipes.pipeline"
+    sharded = strategy.startswith(("DeepSpeed", "FSDP"))
+    return re.match(r"(DeepSpeed )?[\w-]+", strategy).group() if sharded else "DDP or a single process"
+
+
+def state_bytes(strategy: str, shards: int) -> float:
     """Bytes a parameter a device in fp32 with AdamW: 4 weight, 4 gradient, 8 moments, less what is sharded (Rajbhandari
-    et al. 2020, ZeRO, figure 1)."""
-    if strategy.endswith("ZeRO-1"):
-        return 8 + 8 / world_size
-    if strategy.endswith("ZeRO-2"):
-        return 4 + 12 / world_size
-    return 16 / world_size if strategy.endswith("ZeRO-3") or strategy.startswith("FSDP") else 16
+    et al. 2020, ZeRO, figure 1); DeepSpeed trains a copy of the weights, in fp32 too, which is sharded at every stage."""
+    if "ZeRO-1" in strategy:
+        return 8 + 12 / shards
+    if "ZeRO-2" in strategy:
+        return 4 + 16 / shards
+    return (20 if "ZeRO-3" in strategy else 16) / shards
 
 
 def check_launch() -> list[str]:
@@ -55,6 +143,23 @@ def check_launch() -> list[str]:
             f"one process and {devices} visible GPUs: launch with accelerate_configs/ddp.yaml --num_processes {devices}, "
             "or set CUDA_VISIBLE_DEVICES=0 for one"
         )
+    ways, world_size = layout(), int(os.environ.get("WORLD_SIZE", 1))
+    if ways.size != world_size:
+        sizes = " x ".join(
+            f"{key} {size}" for key, size in dataclasses.asdict(ways).items() if size > 1 and key != "ep"
+        )
+        problems.append(
+            f"parallelism_config says {sizes or 'one process'}, which is {ways.size} processes, and {world_size} were started: "
+            f"--num_processes {ways.size}, or other sizes"
+        )
+    if not ways.own and max(ways.pp, ways.tp, ways.ep) > 1:
+        problems.append(
+            "parallelism_config: pp, tp and ep need distributed_type: MULTI_GPU, dp_shard included: Accelerate would skip them"
+        )
+    if ways.own and ways.cp * ways.sp > 1:
+        problems.append("parallelism_config: cp needs distributed_type: FSDP, sp DEEPSPEED, and neither goes with pp, tp or ep")
+    if ways.own or ways.sp > 1:  # Accelerate must not split it as well
+        os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "own"
     if _flag("ACCELERATE_USE_FSDP") and not devices:
         problems.append(
             "FSDP needs GPUs: without them Accelerate runs plain DDP and says nothing. "
@@ -103,8 +208,12 @@ def check_strategy(accelerator) -> None:
         active = f"DeepSpeed ZeRO-{plugin.zero_stage}"
     elif kind == "FSDP":
         active = f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
+    elif layout().own and kind.startswith("MULTI"):
+        active = asked  # the model says so itself
     else:
         active = "DDP" if accelerator.num_processes > 1 else "single process"
+    if kind in ("DEEPSPEED", "FSDP") and asked.startswith(active):
+        active = asked  # Accelerate has refused sizes that do not fit
     if active != asked or accelerator.num_processes != world_size:
         raise UserError(
             f"asked for {asked} on {world_size} processes, but {active} on {accelerator.num_processes} is in force: "

@@ -1,5 +1,7 @@
 """Models to train: from scratch, the same under every strategy, or continued, and then whole."""
 
+import copy
+
 import torch
 import transformers
 import trl
@@ -21,7 +23,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from llm_recipes import _compat
 from llm_recipes.config import ModelConfig, ObjectiveConfig
 from llm_recipes.errors import UserError
+from llm_recipes.launch import layout
 from llm_recipes.objectives import SHIFTED, architecture_for
+from llm_recipes.pipeline.sharding import split_model
 
 # SDPA without the mask code of transformers. For unpadded causal windows there is nothing to mask beyond `is_causal`,
 # yet that code looks at position ids on every forward (the host waits for the device), and under torch.compile, where
@@ -39,12 +43,13 @@ def attention(model: ModelConfig, config: PreTrainedConfig, objective: Objective
 
 
 def load_model(
-    model: ModelConfig, config: PreTrainedConfig, objective: ObjectiveConfig, length: int, args: TrainingArguments
+    model: ModelConfig, config: PreTrainedConfig, objective: ObjectiveConfig, length: int, args: TrainingArguments,
+    pipeline_schedule: str = "1F1B",
 ) -> PreTrainedModel:
     """The model of `config` for `objective` in fp32: fresh, or with the weights of `model_name_or_path`.
 
-    Call it after TrainingArguments exist, so that ZeRO-3 shards the model while it is built.
-    Raises UserError when the stored weights do not cover the model.
+    Call it after TrainingArguments exist, so that ZeRO-3 shards the model while it is built. Under a layout of our own it is
+    this rank's part, cut for `pipeline_schedule`. Raises UserError when the stored weights do not cover the model.
     """
     _, auto = architecture_for(objective.objective)
     kernel = attention(model, config, objective, length)
@@ -54,39 +59,42 @@ def load_model(
             "--dynamo_use_regional_compilation",
             flush=True,
         )
-    options = {"attn_implementation": kernel}
-    if model.model_name_or_path is None:
-        return _ready(from_scratch(config, args.seed, auto, **options), objective.objective)
-    options |= {
-        "config": config,
-        "revision": model.model_revision or "main",
-        "dtype": torch.float32,
-        "output_loading_info": True,
-    }
-    loaded, info = auto.from_pretrained(config.name_or_path, **options)
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"model_name_or_path: {model.model_name_or_path} has no weights for {missing}")
-    return _ready(loaded, objective.objective)
+    options = {"attn_implementation": kernel, "dtype": torch.float32}
+
+    def whole() -> PreTrainedModel:
+        if model.model_name_or_path is None:
+            return from_scratch(config, args.seed, auto, **options)
+        loaded, info = auto.from_pretrained(
+            config.name_or_path, config=config, revision=model.model_revision or "main", output_loading_info=True, **options
+        )
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            raise UserError(f"model_name_or_path: {model.model_name_or_path} has no weights for {missing}")
+        return loaded
+
+    if layout().own:
+        ready = split_model(lambda: auto.from_config(copy.deepcopy(config), **options), whole, pipeline_schedule, args)
+    else:
+        ready = whole()
+    if objective.objective in SHIFTED:  # GPT-2's class name tells the Trainer nothing: it would count the first label too
+        ready.loss_type = "ForCausalLM"
+    return ready
 
 
-def _ready(model: PreTrainedModel, objective: str) -> PreTrainedModel:
-    if objective in SHIFTED:  # GPT-2's class name tells the Trainer nothing: it would count the first label too
-        model.loss_type = "ForCausalLM"
-    return model
-
-
-def from_scratch(config: PreTrainedConfig, seed: int, auto=AutoModelForCausalLM, **options) -> PreTrainedModel:
+def from_scratch(
+    config: PreTrainedConfig, seed: int, auto=AutoModelForCausalLM, dtype=torch.float32, **options
+) -> PreTrainedModel:
     """Fresh fp32 weights that depend on `seed` alone.
 
     The library draws in another order under ZeRO-3 than elsewhere, so one seed gave two models.
     Here every strategy draws in ZeRO-3's order: once, children before parents.
     """
     set_seed(seed)
+    options["dtype"] = dtype
     if is_deepspeed_zero3_enabled():
-        return auto.from_config(config, dtype=torch.float32, **options)
+        return auto.from_config(config, **options)
     with no_init_weights():
-        model = auto.from_config(config, dtype=torch.float32, **options)
+        model = auto.from_config(config, **options)
     model.init_weights()
     return model
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from llm_recipes.config import ObjectiveConfig
+from llm_recipes.launch import layout
 
 MASK = "<|mask|>"
 SHIFTED = ("causal", "prefix")  # position i predicts label i + 1; the others predict label i
@@ -209,14 +210,16 @@ def exact_loss(trainer: Trainer, config: ObjectiveConfig) -> None:
 
     def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = model_loss(model, inputs, return_outputs=True)
-        targets = targets_of(inputs["labels"], config.objective) != -100
+        shifted = inputs.get("shift_labels")  # of a part of a sequence
+        targets = (targets_of(inputs["labels"], config.objective) if shifted is None else shifted) != -100
         if config.z_loss and model.training:
             log_z = outputs["logits"][:, : targets.shape[1]].float().logsumexp(-1)
             loss = loss + config.z_loss * (log_z.square() * targets).sum() / targets.sum()
         if not model.training and (balance := getattr(outputs, "aux_loss", None)) is not None:
             loss = loss - experts * balance
-        # gradients are averaged over processes, and `num_items_in_batch` counts the targets of all of them
-        loss = loss * (targets.sum() * trainer.accelerator.num_processes / num_items_in_batch)
+        # gradients are averaged over these ranks, and `num_items_in_batch` counts the targets of all of them
+        ranks = trainer.accelerator.num_processes // layout().same_tokens
+        loss = loss * (targets.sum() * ranks / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     trainer.compute_loss = compute_loss

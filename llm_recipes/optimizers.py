@@ -42,7 +42,7 @@ def own_optimizer(name: str | None, args: TrainingArguments, model: nn.Module) -
 
 def optimizer_problems(name: str | None, strategy: str) -> list[str]:
     """What `optimizer: name` cannot do under `strategy`, in the words of `asked_strategy`."""
-    if name == "muon" and strategy.startswith(("DeepSpeed", "FSDP")):
+    if name == "muon" and strategy not in ("single process", "DDP"):
         return [f"optimizer: muon needs whole matrices and {strategy} shards them: use accelerate_configs/ddp.yaml"]
     return []
 

@@ -15,6 +15,7 @@ from llm_recipes.adapters import adapter_problems
 from llm_recipes.config import AdapterConfig, ConversationConfig, PromptConfig, RunConfig
 from llm_recipes.conversations import IDS, Encoder
 from llm_recipes.errors import UserError
+from llm_recipes.launch import global_batch
 from llm_recipes.metrics import parameter_count
 from llm_recipes.preflight import attention_problems, check_plan, launch_lines, processes, run_problems, show
 from llm_recipes.probes import check_isolation
@@ -75,7 +76,7 @@ def token_count(rows: Dataset) -> int:
 
 def token_counter(args, rows: Dataset):
     """For Throughput: tokens of the first `step` steps, on average, for rows differ in length."""
-    tokens = token_count(rows) / len(rows) * batch_rows(args)
+    tokens = token_count(rows) / len(rows) * global_batch(args)
     return lambda step: round(step * tokens)
 
 
@@ -91,10 +92,6 @@ def rollout_counter(trainer):
     return tokens_until
 
 
-def batch_rows(args) -> int:
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
 def uses(args) -> int:
     """How many rows of batches a row makes in an epoch: one, but for PPO's completions, which are trained on again."""
     return getattr(args, "num_generations", 1) * getattr(args, "num_ppo_epochs", 1)
@@ -104,7 +101,7 @@ def steps_of(args, rows: int) -> int:
     """Optimizer steps of the run; rows fill whole batches."""
     if args.max_steps > 0:
         return args.max_steps
-    return math.ceil(args.num_train_epochs * rows * uses(args) / batch_rows(args))
+    return math.ceil(args.num_train_epochs * rows * uses(args) / global_batch(args))
 
 
 def shown_example(row: dict, tokenizer) -> list[tuple]:
@@ -124,7 +121,7 @@ def plan(
     report: list[str], record: dict, trained: int | None = None, rewards: list[str] | None = None,
 ) -> None:  # fmt: skip
     """The checks that need the rows, then the first screen, on rank 0. With PPO's `rewards` the rows are prompts."""
-    steps, batch, tokenizer = steps_of(args, len(train)), batch_rows(args), encoder.tokenizer
+    steps, batch, tokenizer = steps_of(args, len(train)), global_batch(args), encoder.tokenizer
     check_plan(args, record, steps)
     if rewards is not None and steps % args.steps_per_rollout:
         raise UserError(
@@ -154,7 +151,7 @@ def plan(
             *rollouts,
             (
                 "batch",
-                f"{batch} rows = {processes(args)} x "
+                f"{batch} rows = {processes(args.world_size)} x "
                 f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulation{each}",
             ),
             ("steps", f"{steps:,}: {steps * batch / uses(args) / len(train):.2f} epochs, {whole}"),

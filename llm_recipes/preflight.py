@@ -34,14 +34,16 @@ from llm_recipes.config import (
     check_local,
     unknown_key,
 )
+from llm_recipes.diloco import diloco_problems
 from llm_recipes.errors import UserError
-from llm_recipes.launch import asked_strategy, idle_devices, state_bytes
+from llm_recipes.launch import asked_strategy, idle_devices, layout, state_bytes
 from llm_recipes.metrics import meta_model, parameter_count
 from llm_recipes.monitor import monitor_problems
 from llm_recipes.objectives import architecture_for, objective_problems
 from llm_recipes.optimizers import optimizer_problems, own_optimizer
 from llm_recipes.outputs import output_problems, repo_id
-from llm_recipes.probes import check_isolation, check_prefix
+from llm_recipes.pipeline.checks import layout_problems
+from llm_recipes.probes import check_isolation, check_prefix, check_stages
 from llm_recipes.sampling import prompt_problems
 from llm_recipes.stability import spike_guard_problems
 
@@ -129,15 +131,22 @@ def preflight(
         for key, why in UNUSED.items()
         if key in run.resolved and not windows.streaming
     ]
-    problems += run_problems(args, run, bool(data.eval_fraction), parameters)
+    saved = parameters * (1 + args.world_size) if optimization.diloco else None  # every worker saves as much again
+    problems += run_problems(args, run, bool(data.eval_fraction), parameters, saved)
     problems += attention_problems(model.attn_implementation)
     strategy = asked_strategy()
     problems += _optimisation_problems(args, optimization.optimizer, config)
     problems += optimizer_problems(optimization.optimizer, strategy)
     problems += spike_guard_problems(optimization.spike_guard, args, strategy, windows.streaming)
+    problems += diloco_problems(optimization.diloco, optimization.spike_guard, args, strategy, windows.streaming)
     problems += monitor_problems(optimization.monitor, strategy, args)
+    if "pipeline_schedule" in run.resolved and layout().pp == 1:
+        problems.append("pipeline_schedule means nothing without a pipeline: launch with accelerate_configs/pipeline.yaml")
+    problems += layout_problems(config, objective, windows, optimization, args)
     if problems:
         raise UserError("\n".join(problems))
+    if layout().pp > 1:
+        check_stages(config, model.attn_implementation)
     if objective.isolate_documents:
         check_isolation(config, model.attn_implementation)
     if objective.objective == "prefix":
@@ -230,6 +239,7 @@ def plan(
     epochs = f", {sequences / batches.size:.2f} epochs" if batches.size else ""
     ramp = ", then ".join(f"{stage} steps of {size}" for size, stage in batches.stages)
     example = next(iter(train)) if evaluation is None else evaluation[0]
+    diloco = run.resolved.get("diloco")
     targets = example["labels"][example["labels"] >= 0]
     lines = [
         *(("data", line) for line in report),
@@ -241,11 +251,18 @@ def plan(
         ),
         (
             "batch",
-            f"{batch} sequences = {processes(args)} x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
+            f"{batch} sequences = {processes(layout().data)} x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
             f"accumulation; {batch * length:,} tokens a step{f', after {ramp}' if ramp else ''}",
         ),
         ("steps", f"{steps:,}: {tokens:,} tokens{epochs}, {tokens / parameters:.1f} a parameter"),
         *launch_lines(args, run, parameters),
+        ("samples", "none are drawn: no process holds the whole model" if layout().own and run.sample_prompts else None),
+        (
+            "diloco",
+            diloco
+            and f"every process alone for {diloco['sync_every']} steps; {8 * parameters / 1e6:,.0f} MB a device and "
+            f"{CHECKPOINT_BYTES * args.world_size * parameters / 1e6:,.0f} MB a checkpoint on top",
+        ),
         ("batches", f"{len(batches.left_out)} left out after rollbacks" if batches.left_out else None),
         ("example", repr(tokenizer.decode(example["input_ids"][:40]))),
         ("targets", repr(tokenizer.decode(targets[:40])) if len(targets) < len(example["input_ids"]) else None),
@@ -262,18 +279,19 @@ def check_plan(args: TrainingArguments, record: dict, steps: int) -> None:
         raise UserError("\n".join(problems))
 
 
-def processes(args: TrainingArguments) -> str:
-    return f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
+def processes(number: int) -> str:
+    return f"{number} process{'es' if number > 1 else ''}"
 
 
 def launch_lines(args: TrainingArguments, run: RunConfig, parameters: int, trained: int | None = None) -> list[tuple]:
     """Lines of the first screen on strategy, memory and output; `trained` parameters, if not all."""
     strategy, trained = asked_strategy(), trained or parameters
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    frozen = 4 * (parameters - trained) / (args.world_size if strategy.endswith("ZeRO-3") or "FSDP" in strategy else 1)
-    memory = frozen + state_bytes(strategy, args.world_size) * trained
+    shards = layout().shards
+    frozen = 4 * (parameters - trained) / (1 if "ZeRO-1" in strategy or "ZeRO-2" in strategy else shards)
+    memory = frozen + state_bytes(strategy, shards) * trained
     return [
-        ("strategy", f"{strategy}, {processes(args)}, {args.device.type}, {dtype}; seed {args.seed}"),
+        ("strategy", f"{strategy}, {processes(args.world_size)}, {args.device.type}, {dtype}; seed {args.seed}"),
         ("strategy", idle_devices()),
         (
             "memory",

@@ -8,6 +8,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from llm_recipes.errors import UserError
 from llm_recipes.objectives import collate, prefix
+from llm_recipes.pipeline.stages import Stage
 
 # What is asked about: two rows of ids `(2, 16)` and the part of each before its border.
 IDS, BORDERS = torch.arange(32).view(2, 16) * 7 % 61 + 1, torch.tensor([[6], [9]])
@@ -25,7 +26,7 @@ def check_isolation(config: PreTrainedConfig, attn_implementation: str | None) -
     """
     positions = torch.arange(16) - torch.where(BEFORE, 0, BORDERS)
 
-    def isolates(logits):
+    def isolates(logits, model):
         both = logits(input_ids=IDS, position_ids=positions)[~BEFORE]
         changed = logits(input_ids=torch.where(BEFORE, IDS + 1, IDS), position_ids=positions)[~BEFORE]
         alone = torch.cat([logits(input_ids=row[None, border:])[0] for row, border in zip(IDS, BORDERS, strict=True)])
@@ -43,7 +44,7 @@ def check_prefix(config: PreTrainedConfig, attn_implementation: str | None, leng
         raise UserError(f"objective prefix: its mask would override sliding_window {window}: raise it to {length}")
     mask = collate([prefix(np.arange(16), None, split=int(border)) for border in BORDERS])["attention_mask"]
 
-    def obeys(logits):
+    def obeys(logits, model):
         both = logits(input_ids=IDS, attention_mask=mask)
         suffix = logits(input_ids=torch.where(BEFORE, IDS, IDS + 1), attention_mask=mask)
         inside = logits(input_ids=torch.where(torch.arange(16) == BORDERS - 1, IDS + 1, IDS), attention_mask=mask)
@@ -53,13 +54,24 @@ def check_prefix(config: PreTrainedConfig, attn_implementation: str | None, leng
     _probe(config, attn_implementation, obeys, "objective prefix: {} {}: " + choices, "does not obey the mask")
 
 
+def check_stages(config: PreTrainedConfig, attn_implementation: str | None) -> None:
+    """Raises UserError unless two stages in a row give the logits of the whole model, which not every architecture does."""
+
+    def agrees(logits, model):
+        first, last = (Stage(model, range(i, i + 1 + i * 99), first=not i, last=bool(i)) for i in (0, 1))
+        return _same(last(first(IDS)), logits(input_ids=IDS))
+
+    choices = "use an architecture such as llama, or accelerate_configs/zero3.yaml"
+    _probe(config, attn_implementation, agrees, "pipeline: {} {}: " + choices, "is not the sum of its stages")
+
+
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal but for rounding, which is below 1e-6 of the largest logit; the smallest leak seen is 2e-3 of it."""
     return bool((a - b).abs().max() < 1e-5 * b.abs().max())
 
 
 def _probe(config: PreTrainedConfig, attn_implementation: str | None, holds: Callable, sentence: str, fault: str):
-    """Raises UserError unless `holds(logits)` of a random copy of the causal LM of `config`, on the CPU.
+    """Raises UserError unless `holds(logits, model)` of a random copy of the causal LM of `config`, on the CPU.
 
     The copy has few ids and the first layers, as many as have all of `layer_types`; attention keeps its size.
     `sentence` has a place for the model and one for the `fault`, or for what the model raised.
@@ -76,7 +88,7 @@ def _probe(config: PreTrainedConfig, attn_implementation: str | None, holds: Cal
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](small).float().eval()
-            if holds(lambda **inputs: model(**inputs, use_cache=False).logits):
+            if holds(lambda **inputs: model(**inputs, use_cache=False).logits, model):
                 return
     except Exception as error:  # whatever an architecture raises that does not take these inputs
         fault = f"cannot be tried ({str(error).splitlines()[0][:120]})"

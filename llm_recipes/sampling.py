@@ -3,6 +3,8 @@
 import torch
 from transformers import Trainer
 
+from llm_recipes.launch import layout
+
 NEW_TOKENS, TEMPERATURE, TOP_K = 80, 0.7, 40
 
 
@@ -37,6 +39,8 @@ def sample(trainer: Trainer, tokenizer, prompts: list[str], objective: str) -> l
     sentinels stand for.
     """
     texts, model = [], trainer.model
+    if layout().own:  # no process holds it whole
+        return []
     model.eval()
     torch.manual_seed(trainer.args.seed)
     for prompt in prompts:

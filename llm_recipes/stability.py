@@ -19,6 +19,7 @@ from transformers import Trainer
 from llm_recipes import _compat
 from llm_recipes.config import SpikeGuard
 from llm_recipes.errors import Diverged
+from llm_recipes.launch import layout
 
 FILE = "spike_guard.json"
 SPIKE, NOT_FINITE = 1, 2
@@ -50,7 +51,7 @@ class Watch:
     @property
     def deferred(self) -> bool:
         """True when the host may learn of a bad step later, because the device leaves out its update."""
-        sharded = self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled
+        sharded = self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled or layout().own
         return bool(self.windows) and not sharded and _compat.honours_found_inf(self.trainer.optimizer.optimizer)
 
     @property
@@ -162,7 +163,9 @@ class Watch:
         """The windows of a micro-batch: their indices, or in a stream their first ids."""
         if self.windows:
             examples, batches = self.windows
-            return [examples.window(p) for p in batches.positions(step)[micro]]
+            parts = batches.positions(step)
+            parts = parts if len(self.losses[step]) == 1 else [parts[micro]]  # a pipeline has one loss a step
+            return [examples.window(p) for part in parts for p in part]
         rows = list(input_ids.cpu().numpy())
         rows_of = self.trainer.train_dataset
         if not isinstance(rows_of, Dataset) or "input_ids" not in rows_of.column_names:  # a stream, or completions
@@ -216,7 +219,7 @@ def spike_guard_problems(guard: SpikeGuard | None, args, strategy: str, streamin
         problems.append(
             f"spike_guard: action {guard.action} needs bf16 or fp32: fp16's loss scaling skips steps itself"
         )
-    if strategy.startswith(("DeepSpeed", "FSDP")):
+    if strategy not in ("single process", "DDP"):
         problems.append(
             f"spike_guard: action {guard.action} needs unsharded weights, not {strategy}: use action: warn, or "
             "accelerate_configs/ddp.yaml"

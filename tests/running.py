@@ -304,20 +304,58 @@ def limit_file_size(kilobytes: int):
     _at_step(3, act)
 
 
-def fsdp_on_cpu(_: int = 0):
-    """Lets Accelerate run real FSDP2 on CPU processes: it only ever turns what it takes for GPUs into FSDP."""
+def fsdp_on_cpu():
+    """Lets Accelerate run real FSDP2 on CPU processes: it only ever turns what it takes for GPUs into FSDP.
+
+    What is offloaded is not pinned: that needs a GPU.
+    """
     from accelerate.state import DistributedType, PartialState
+    from torch.distributed.fsdp import CPUOffloadPolicy
     from transformers import TrainingArguments
 
     from llm_recipes import config
 
-    original, config.check_launch = TrainingArguments.__post_init__, list
+    original, check_launch = TrainingArguments.__post_init__, config.check_launch
 
     def pretend(self):
         original(self)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
     TrainingArguments.__post_init__ = pretend
+    CPUOffloadPolicy.__init__.__defaults__ = (False,)
+    config.check_launch = lambda: [p for p in check_launch() if not p.startswith("FSDP needs GPUs")]
+
+
+def ring_on_cpu():
+    """`fsdp_on_cpu`, and torch's ring attention takes SDPA's CPU kernel as well: it only knows those for GPUs."""
+    import torch
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.experimental._context_parallel import _attention as ring
+
+    fsdp_on_cpu()
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+    def local(args, kwargs):
+        query = next(a for a in args if isinstance(a, DTensor))
+        wrap = functools.partial(DTensor.from_local, device_mesh=query.device_mesh, placements=query.placements)
+        return [a.to_local() if isinstance(a, DTensor) else a for a in args], query.device_mesh.get_group(), wrap
+
+    def run_forward(op, args, kwargs):
+        (query, key, value, dropout, causal, *_), group, wrap = local(args, kwargs)
+        found = ring._templated_ring_attention(
+            group, 2, op, query=query, key=key, value=value, dropout_p=dropout, is_causal=causal, **kwargs
+        )
+        return tuple(map(wrap, found))
+
+    def run_backward(op, args, kwargs):
+        (grad, query, key, value, out, logsumexp, dropout, causal, *_), group, wrap = local(args, kwargs)
+        found = ring._templated_ring_attention_backward(
+            group, 2, op, grad, "grad_out", query, key, value, out, logsumexp, causal, dropout_p=dropout, **kwargs
+        )
+        return tuple(map(wrap, found))
+
+    ring.custom_ops |= {forward: run_forward, backward: run_backward}
 
 
 def count_parameters(step: int):
@@ -336,7 +374,7 @@ def count_parameters(step: int):
 FAULTS = {
     f.__name__: f for f in (
         count_parameters, send_signal, stop_uncompiled, kill_in_save, poison_step, poison_window, limit_file_size,
-        fsdp_on_cpu,
+        fsdp_on_cpu, ring_on_cpu,
     )
 }  # fmt: skip
 
@@ -347,11 +385,11 @@ def launch(
 ) -> Result:  # fmt: skip
     """`accelerate launch` of a recipe with accelerate_configs/<config>.yaml, for what needs several processes.
 
-    `fault` as in `run`, on one `rank` or on all.
+    `config` may also be the path of another YAML, without its ending. `fault` as in `run`, on one `rank` or on all.
     """
     started = ROOT / "tests/faulty.py" if fault else script
     command = [
-        Path(sys.executable).parent / "accelerate", "launch", "--config_file", ROOT / f"accelerate_configs/{config}.yaml",
+        Path(sys.executable).parent / "accelerate", "launch", "--config_file", ROOT / "accelerate_configs" / f"{config}.yaml",
         "--num_processes", processes, "--main_process_port", 0, started, *argv,
     ]  # fmt: skip
     env = {key: value for key, value in os.environ.items() if key != "ACCELERATE_USE_CPU"}

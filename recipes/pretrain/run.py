@@ -26,12 +26,14 @@ from llm_recipes.config import (
     parse,
 )
 from llm_recipes.datasets import hasher, load_documents, make_windows
+from llm_recipes.diloco import train_apart
 from llm_recipes.errors import entrypoint
-from llm_recipes.launch import check_strategy
+from llm_recipes.launch import check_strategy, global_batch
 from llm_recipes.models import load_model
 from llm_recipes.monitor import Monitor
 from llm_recipes.objectives import collate, exact_loss, example_lengths, make_objective, prepare_tokenizer
 from llm_recipes.optimizers import own_optimizer
+from llm_recipes.pipeline.driving import drive
 from llm_recipes.preflight import architecture, plan, preflight
 from llm_recipes.progress import Throughput, show_progress
 from llm_recipes.sampling import sample
@@ -57,8 +59,7 @@ def main():
     preflight(args, run, data, windows, objective, optimization, model_config, config, tokenizer)
 
     # 3. Windows, and which of them each step trains on. One process tokenizes; the others wait, then read the same file.
-    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    train_windows, eval_windows, report, digests = make_windows(documents, tokenizer, windows, batch_size, args)
+    train_windows, eval_windows, report, digests = make_windows(documents, tokenizer, windows, global_batch(args), args)
     batches = Batches(None if windows.streaming else len(train_windows), length, args, optimization.batch_size_ramp)
 
     # 4. Windows become inputs and labels; all noise follows from the seed and the place in the run
@@ -77,7 +78,7 @@ def main():
     outputs.claim(args, run.push_to_hub, record)  # up to here nothing is written to output_dir
 
     # 6. Model, in fp32: bf16 is the Trainer's autocast
-    model = load_model(model_config, config, objective, length, args)
+    model = load_model(model_config, config, objective, length, args, optimization.pipeline_schedule)
 
     # 7. Trainer
     trainer = Trainer(
@@ -91,6 +92,8 @@ def main():
     if not windows.streaming:
         train_on(trainer, train_dataset, batches, objective.objective, flops)
     exact_loss(trainer, objective)
+    drive(trainer, objective.z_loss)
+    train_apart(trainer, optimization.diloco)
     known = None if windows.streaming else (train_dataset, batches)
     watch = protect(trainer, outputs.pusher(args, run.push_to_hub), optimization.spike_guard, known)
 

@@ -1,0 +1,86 @@
+"""What a layout asks of a model and of a run, found before anything is split."""
+
+from transformers import PreTrainedConfig, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from llm_recipes import _compat
+from llm_recipes.config import ObjectiveConfig, OptimizationConfig, WindowConfig, micro_batch
+from llm_recipes.launch import asked_strategy, global_batch, layout
+from llm_recipes.metrics import meta_model
+from llm_recipes.objectives import SHIFTED
+from llm_recipes.pipeline.stages import SCHEDULES
+
+
+def layout_problems(
+    config: PreTrainedConfig, objective: ObjectiveConfig, windows: WindowConfig, optimization: OptimizationConfig,
+    args: TrainingArguments,
+) -> list[str]:  # fmt: skip
+    """Why the launched layout cannot train the model of `config` in this run."""
+    ways, strategy = layout(), asked_strategy()
+    problems = []
+    if ways.sharing > 1 and windows.streaming:
+        problems.append(
+            f"streaming deals every process other windows, and under {strategy} some share theirs: set streaming: false"
+        )
+    if ways.cp * ways.sp > 1:
+        problems += _sequence_problems(ways.cp * ways.sp, objective, windows, strategy)
+    if not ways.own:
+        return problems
+    refused = {
+        f"objective: {objective.objective}": objective.objective not in SHIFTED,
+        "fp16": args.fp16,
+        "torch_compile": args.torch_compile,
+        "use_liger_kernel": args.use_liger_kernel,
+        "load_best_model_at_end": args.load_best_model_at_end,
+        "hub_strategy: every_save": args.hub_strategy == "every_save",
+    }
+    problems += [f"{key} is not taken under {strategy}" for key, found in refused.items() if found]
+    heads = {key: getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")}
+    problems += [f"{key} {n} does not divide over TP {ways.tp}" for key, n in heads.items() if n and n % ways.tp]
+    try:
+        sizes = {"tp_size": ways.tp, "fsdp_size": ways.dp_shard, "dp_replicate_size": ways.dp_replicate, "ep_size": ways.ep}
+        _compat.parallel_plans(meta_model(config), DistributedConfig(**sizes))
+    except ValueError as error:
+        problems.append(f"{config.model_type} under {strategy}: {' '.join(str(error).split())}")
+    if ways.pp > 1 and ways.ep > 1:
+        problems.append("expert parallel does not go with a pipeline")
+    if ways.ep > 1 and config.tie_word_embeddings:
+        problems.append("expert parallel needs tie_word_embeddings: false")
+    experts = next((n for key in ("num_local_experts", "num_experts") if (n := getattr(config, key, None))), 0)
+    if experts % ways.ep:
+        problems.append(f"{experts} experts do not divide over EP {ways.ep}")
+    return problems + (_pipeline_problems(config, optimization, args) if ways.pp > 1 else [])
+
+
+def _sequence_problems(parts: int, objective: ObjectiveConfig, windows: WindowConfig, strategy: str) -> list[str]:
+    problems = []
+    if objective.objective != "causal" or objective.isolate_documents:
+        problems.append(f"{strategy} splits causal windows: objective causal, without isolate_documents")
+    if windows.sequence_length % (2 * parts):  # ring attention gives each rank a piece from the front and one from the back
+        problems.append(f"sequence_length {windows.sequence_length} is no multiple of {2 * parts}, which {strategy} needs")
+    if objective.z_loss:
+        problems.append(f"z_loss is not taken under {strategy}")
+    return problems
+
+
+def _pipeline_problems(config: PreTrainedConfig, optimization: OptimizationConfig, args: TrainingArguments) -> list[str]:
+    schedule, ranks = optimization.pipeline_schedule, layout().pp
+    stages, problems = ranks * SCHEDULES[schedule], []
+    if not getattr(config, "base_model_pp_plan", None):
+        return [f"{config.model_type} has no pipeline plan in transformers: use an architecture such as llama, or zero3.yaml"]
+    if config.num_hidden_layers < stages:
+        problems.append(f"{schedule} cuts {stages} stages, and the model has {config.num_hidden_layers} layers")
+    if getattr(config, "output_router_logits", False):
+        problems.append("the balance loss of experts needs all layers in one place: no pipeline, or output_router_logits: false")
+    size, sizes = global_batch(args), []
+    if ramp := optimization.batch_size_ramp:
+        sizes = [ramp.start * ramp.factor**i for i in range(64) if ramp.start * ramp.factor**i < size]
+    for batch in [*sizes, size]:
+        share = batch // layout().data
+        number = share // micro_batch(share, args.per_device_train_batch_size)
+        said = f"a step of {batch} has {number} micro-batches of {share // number}: change per_device_train_batch_size"
+        if schedule in ("1F1B", "ZBVZeroBubble", "DualPipeV") and number < stages:
+            problems.append(f"{schedule} needs a micro-batch for each of its {stages} stages, and {said}")
+        elif schedule.startswith("Interleaved") and number % ranks:
+            problems.append(f"{schedule} needs a multiple of {ranks} micro-batches, and {said}")
+    return problems
