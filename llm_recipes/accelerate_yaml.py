@@ -162,7 +162,7 @@ def lint(path: Path | None, options: dict | None = None) -> list[str]:
             problems.append((lines[key], check(key, value, as_read[key])))
         else:
             prefix = SECTIONS[key][0]
-            known = [name for name in hints if name.startswith(prefix)]
+            known = [name for name in hints if name.startswith(prefix) and name not in SECTIONS]
             for node, _ in nodes[key].value:
                 name, line = node.value, node.start_mark.line + 1
                 full = f"{prefix}{name}" if key in SHORT and not name.startswith(prefix) else name
@@ -176,20 +176,14 @@ def lint(path: Path | None, options: dict | None = None) -> list[str]:
 
 
 def _across(values: dict, given: dict) -> Iterator[tuple[str, str]]:
-    """Keys that do not go together: the key to look at and a sentence. `given` are all of them, whatever their section."""
+    """Keys that do not go together: the one to look at and a sentence. `given` holds those of all sections."""
     kind, processes, machines = (given.get(key) for key in ("distributed_type", "num_processes", "num_machines"))
     if kind == "MULTI_CPU":
-        yield (
-            "distributed_type",
-            "MULTI_CPU starts one process: write MULTI_GPU, which starts all of them on CPUs as well",
-        )
+        yield "distributed_type", "MULTI_CPU starts one process: MULTI_GPU starts all of them, on CPUs too"
     if kind == "NO" and (processes or 1) > 1:
         yield "num_processes", f"distributed_type 'NO' starts one process, not {processes}: write MULTI_GPU"
     if given.get("use_cpu") and kind not in ("NO", "MULTI_CPU"):
-        yield (
-            "use_cpu",
-            "use_cpu is only read with distributed_type: 'NO'; without GPUs the others run on the CPU as well",
-        )
+        yield "use_cpu", f"{kind} does not read use_cpu: remove it; without GPUs it runs on the CPU anyway"
     if processes and processes % (machines or 1):
         yield "num_processes", f"num_processes {processes} does not divide over num_machines {machines}"
     for section, (_, reader) in SECTIONS.items():
@@ -198,49 +192,39 @@ def _across(values: dict, given: dict) -> Iterator[tuple[str, str]]:
     if values.get("fp8_config") and given.get("mixed_precision") != "fp8":
         yield "fp8_config", "fp8_config is only read with mixed_precision: fp8"
     if kind == "FSDP" and given.get("fsdp_version") != 2:
-        yield "fsdp_version", "fsdp_config: write fsdp_version: 2; version 1, the default, is not supported"
-
-    file = given.get("deepspeed_config_file")
-    if file is not None:
-        beside = [key for key in values["deepspeed_config"] if not key.startswith(("deepspeed_", "zero3_init_flag"))]
-        for key in [*beside, *(["mixed_precision"] if "mixed_precision" in values else [])]:
-            yield key, f"{key} and deepspeed_config_file exclude each other: write it in {file}"
+        yield "fsdp_version", "fsdp_config needs fsdp_version: 2; FSDP1, the default, is not supported"
+    if given.get("offload_param_device", "none") != "none" and given.get("zero_stage") != 3:
+        yield "offload_param_device", "offload_param_device is only read with zero_stage: 3"
+    if file := given.get("deepspeed_config_file"):
+        beside = [*values.get("deepspeed_config", []), *(key for key in values if key == "mixed_precision")]
+        for key in beside:
+            if not key.startswith(("deepspeed_", "zero3_init_flag")):
+                yield key, f"{key} cannot stand beside deepspeed_config_file: set it in {file}"
         if not os.path.isfile(file):
-            yield "deepspeed_config_file", f"deepspeed_config_file: {file} does not exist (from {Path.cwd()})"
+            yield "deepspeed_config_file", f"deepspeed_config_file: {file} does not exist, seen from {Path.cwd()}"
+    if values.get("parallelism_config"):
+        yield from _sizes(kind, processes, {key.split("_config_")[1]: given.get(key, 1) for key in SIZES})
 
-    if not values.get("parallelism_config"):
-        return
-    sizes = {key.removeprefix("parallelism_config_"): given.get(key, 1) for key in SIZES}
-    ep, pp = sizes.pop("ep_size"), sizes["pp_size"]
-    if processes and math.prod(sizes.values()) != processes:
-        product = (
-            " x ".join(f"{key.removesuffix('_size')} {size}" for key, size in sizes.items() if size > 1) or "nothing"
-        )
-        yield (
-            "parallelism_config",
-            f"parallelism_config: {product} is {math.prod(sizes.values())} processes, num_processes is {processes}",
-        )
-    if max(sizes["tp_size"], pp, ep) > 1:
+
+def _sizes(kind: str, processes: int | None, sizes: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """The same for parallelism_config."""
+    ep, tp, shard = sizes.pop("ep_size"), sizes["tp_size"], sizes["dp_shard_size"]
+    total = math.prod(sizes.values())
+    if processes and total != processes:
+        product = " x ".join(f"{key.removesuffix('_size')} {size}" for key, size in sizes.items() if size > 1)
+        yield "parallelism_config", f"{product or 'no size'} makes {total} processes, but num_processes is {processes}"
+    if max(sizes.pop("pp_size"), tp, ep) > 1:
         if kind in ("DEEPSPEED", "FSDP"):
-            yield (
-                "distributed_type",
-                f"tp_size, pp_size and ep_size need distributed_type: MULTI_GPU, not {kind}: the recipes split the model themselves",
-            )
-        if sizes["dp_shard_size"] * sizes["tp_size"] % ep:
-            yield (
-                "parallelism_config_ep_size",
-                f"parallelism_config_ep_size {ep} does not divide dp_shard_size {sizes['dp_shard_size']} x tp_size {sizes['tp_size']}",
-            )
+            yield "distributed_type", f"tp_size, pp_size and ep_size need MULTI_GPU, not {kind}: we split the model"
+        if ep > 1 and (ep % tp or shard * tp % ep):
+            say = f"must divide dp_shard_size x tp_size, {shard} x {tp}, and be a multiple of tp_size"
+            yield "parallelism_config_ep_size", f"parallelism_config_ep_size {ep} {say}"
         return
-    for key, readers in (("dp_shard_size", ("FSDP", "DEEPSPEED")), ("cp_size", ("FSDP",)), ("sp_size", ("DEEPSPEED",))):
+    for key, readers in (("dp_shard_size", ["FSDP", "DEEPSPEED"]), ("cp_size", ["FSDP"]), ("sp_size", ["DEEPSPEED"])):
         if sizes[key] > 1 and kind not in readers:
-            yield (
-                f"parallelism_config_{key}",
-                f"{key} {sizes[key]} needs distributed_type: {' or '.join(readers)}, not {kind}",
-            )
-    if kind == "FSDP" and sizes["dp_shard_size"] == sizes["cp_size"] == 1:
+            yield f"parallelism_config_{key}", f"{key} {sizes[key]} needs {' or '.join(readers)}, not {kind}"
+    if kind == "FSDP" and shard == sizes["cp_size"] == 1:
         yield "parallelism_config", "FSDP has nothing to shard over: dp_shard_size and cp_size are both 1"
-    sizes.pop("pp_size")
     try:
         ParallelismConfig(**sizes)
     except ValueError as error:

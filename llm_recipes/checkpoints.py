@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from llm_recipes import _compat
 from llm_recipes.config import SpikeGuard
 from llm_recipes.errors import Diverged, Interrupted, UserError
+from llm_recipes.fsdp import keep_precision
 from llm_recipes.launch import checkpoint_format
 from llm_recipes.stability import Rollback, Watch
 from llm_recipes.universal import accept_any_world_size
@@ -91,12 +92,18 @@ def find_checkpoint(args: TrainingArguments, resume: str) -> str | None:
     if args.world_size > 1:
         broadcast_object_list(found)
     if found[0] is not None:
-        written, now = json.loads((Path(found[0]) / MANIFEST).read_text())["format"], checkpoint_format()
+        written, now = json.loads((Path(found[0]) / MANIFEST).read_text())["format"], _format()
         if written != now:
             raise UserError(f"{found[0]} was written under {written} and cannot be continued under {now}")
         if "DeepSpeed" in now:
             accept_any_world_size()
     return found[0]
+
+
+def _format() -> str:
+    """As the launch has it, and where the optimizer lives: DeepSpeed's Adam for the CPU keeps another state than torch's."""
+    device = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
+    return checkpoint_format() + ("" if device == "none" else f" with the optimizer on the {device}")
 
 
 def _choose(output_dir: Path, resume: str) -> Path | None:
@@ -181,6 +188,7 @@ def protect(trainer: Trainer, after_save=None, spike_guard: SpikeGuard | None = 
     `after_save(folder)` runs on rank 0 after each committed checkpoint. `windows` is the pair
     (Examples, Batches) that the trainer trains on, if it does: then no step waits for the device.
     """
+    keep_precision(trainer.accelerator)
     guard = _Guard(trainer)
     trainer.callback_handler.callbacks.insert(0, guard)
     train, compute_loss = trainer.train, trainer.compute_loss
@@ -244,7 +252,7 @@ def protect(trainer: Trainer, after_save=None, spike_guard: SpikeGuard | None = 
             del trainer.model.save_pretrained
         args.distributed_state.wait_for_everyone()
         if args.process_index == 0:
-            commit(folder, step=step, format=checkpoint_format(), world_size=args.world_size)
+            commit(folder, step=step, format=_format(), world_size=args.world_size)
             best = Path(trainer.state.best_model_checkpoint or "").name
             others = [path for path in checkpoints(args.output_dir) if path.name != best]
             for old in others[guard.keep :] if guard.keep else []:

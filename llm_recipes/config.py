@@ -10,13 +10,8 @@ relative to the working directory. YAML 1.2 booleans: only `true` and `false` ar
 """
 
 import dataclasses
-import difflib
-import enum
-import math
 import os
-import re
 import sys
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +23,7 @@ from trl import TrlParser
 
 from llm_recipes.errors import UserError
 from llm_recipes.launch import check_launch, has_accelerator, layout
+from llm_recipes.strict_yaml import Loader, cast, load_yaml, say, unknown_key
 
 
 @dataclass
@@ -366,141 +362,6 @@ MINIMUM = {
 }  # fmt: skip
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads YAML 1.2 booleans and floats."""
-
-    yaml_implicit_resolvers: typing.ClassVar = {
-        first: [(tag, regexp) for tag, regexp in resolvers if tag.rsplit(":", 1)[1] not in ("bool", "float")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node, deep=False):
-        lines = {}
-        for key_node, _ in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key_node.start_mark)
-            if key in lines:
-                raise yaml.MarkedYAMLError(problem=f"{key} is set twice (lines {lines[key]} and {line})")
-            lines[key] = line
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:[Tt]rue|TRUE|[Ff]alse|FALSE)$"), "tTfF")
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.[\d_]+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
-    ),
-    "-+0123456789.",
-)
-
-
-def load_yaml(path: str | Path) -> tuple[dict, dict[str, int]]:
-    """Mapping in `path` and the line of each of its keys. Raises UserError with file and line."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read this config: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else path
-        raise UserError(f"{where}: {getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a config is a list of `key: value` lines; this file has none")
-    if odd := [key for key in values if not isinstance(key, str)]:
-        raise UserError(f"{path}: {_say(odd[0])} is not a key")
-    return values, {key.value: key.start_mark.line + 1 for key, _ in node.value}
-
-
-def _say(value) -> str:
-    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else repr(value)
-
-
-def cast(value, hint, choices=None):
-    """`value` as `hint` asks for it; ValueError in plain words when it does not fit."""
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"expects keys such as `path: ...`, got {_say(value)}")
-        return _fill(hint, value)
-    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None and type(None) in members:
-        return None
-    for kind in members:
-        if dataclasses.is_dataclass(kind):
-            return cast(value, kind)
-        if isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(value, str):
-            choices = [member.value for member in kind]
-        elif typing.get_origin(kind) is typing.Literal:
-            choices = typing.get_args(kind) if len(members) == 1 else choices
-    if choices and value not in choices:
-        raise ValueError(f"expects one of {', '.join(map(str, choices))}; got {_say(value)}")
-    problem = None
-    for kind in members:
-        origin = typing.get_origin(kind) or kind
-        if kind is typing.Any or (origin is typing.Literal and value in typing.get_args(kind)):
-            return value
-        if origin is bool and isinstance(value, bool):
-            return value
-        if origin is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                raise ValueError(f"expects a finite number, got {value}")
-            return value
-        if isinstance(origin, type) and issubclass(origin, str) and isinstance(value, str):
-            return value
-        if origin is dict and isinstance(value, dict):
-            inner = typing.get_args(kind)
-            return {key: cast(item, inner[1]) for key, item in value.items()} if inner else value
-        if origin is list and isinstance(value, list):
-            try:
-                return [cast(item, *typing.get_args(kind)) for item in value]
-            except ValueError as error:
-                problem = error
-        if isinstance(origin, type) and issubclass(origin, enum.Enum) and value in choices:
-            return value
-    if problem:
-        raise problem
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys and values"}
-    expected = " or ".join(
-        dict.fromkeys(
-            names.get(typing.get_origin(kind) or kind, "a list" if typing.get_origin(kind) is list else "text")
-            for kind in members
-            if kind is not type(None)
-        )
-    )
-    raise ValueError(f"expects {expected}, got {_say(value)}")
-
-
-def unknown_key(key, known, what: str = "key") -> str:
-    """Says that `key` is none of `known`, and which of them is nearest."""
-    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
-    return f"unknown {what} `{key}`" + (f", did you mean `{near[0]}`?" if near else "")
-
-
-def _fill(cls, values: dict):
-    """Instance of dataclass `cls` from a mapping, as strict as the top level."""
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls) if f.init]
-    for key in values:
-        if key not in names:
-            raise ValueError(unknown_key(key, names))
-    checked = {}
-    for key, value in values.items():
-        try:
-            checked[key] = cast(value, hints[key])
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
-    try:
-        return cls(**checked)
-    except TypeError as error:  # a required key is missing
-        raise ValueError(str(error).split("() ", 1)[-1].replace("required positional argument", "key")) from error
-
-
 def _arguments(argv: list[str]) -> tuple[str | None, list[tuple[str, typing.Any]]]:
     """(config path, [(key, value)]) of a command line; a value is parsed as YAML, a bare flag is true."""
     config, pairs, rest = None, [], list(argv)
@@ -560,7 +421,7 @@ def parse(*dataclass_types, script: str, argv: list[str] | None = None) -> tuple
                     value = _from_text(value, hints[key], choices.get(key))
                 values[key] = cast(value, hints[key], choices.get(key))
                 if key in MINIMUM and values[key] is not None and values[key] < MINIMUM[key]:
-                    raise ValueError(f"must be at least {MINIMUM[key]}, got {_say(values[key])}")
+                    raise ValueError(f"must be at least {MINIMUM[key]}, got {say(values[key])}")
             except ValueError as error:
                 problems.append(f"{where}: {key}: {error}")
     required = [key for key, default in defaults.items() if default is dataclasses.MISSING]
@@ -590,7 +451,7 @@ def _plain(value):
 def _from_text(text: str, hint, choices):
     """A command-line value as YAML reads it, or as it stands where only text fits."""
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader
         cast(value, hint, choices)
     except yaml.YAMLError:
         return text
@@ -619,6 +480,8 @@ def _derive(values: dict) -> list[str]:
         if values.get(precision) is False:
             return [f"the accelerate config says mixed_precision: {precision}, the recipe says {precision}: false"]
         values[precision] = True
+    elif precision == "fp8":  # or the Trainer would hand on bf16 in its place
+        values["bf16"] = False
     elif not values.get("fp16"):
         values.setdefault(
             "bf16", not values["use_cpu"] and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

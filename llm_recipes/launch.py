@@ -1,17 +1,19 @@
 """What was launched: processes, devices, layout and strategy, and whether they can be what was asked for."""
 
+import contextlib
 import dataclasses
+import glob
 import importlib.util
 import os
 import re
 import shutil
 import sysconfig
+import time
 from pathlib import Path
 
 import torch
 
 from llm_recipes import accelerate_yaml
-from llm_recipes.errors import UserError
 
 
 def has_accelerator() -> bool:
@@ -133,7 +135,7 @@ def state_bytes(strategy: str, shards: int) -> float:
 
 def check_launch() -> list[str]:
     """Problems of the launch itself, found before any process group exists."""
-    problems = []
+    problems = accelerate_yaml.lint(accelerate_yaml.launch_file(), accelerate_yaml.launch_options())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = _devices()
     if devices and local > devices:
@@ -157,7 +159,9 @@ def check_launch() -> list[str]:
             "parallelism_config: pp, tp and ep need distributed_type: MULTI_GPU, dp_shard included: Accelerate would skip them"
         )
     if ways.own and ways.cp * ways.sp > 1:
-        problems.append("parallelism_config: cp needs distributed_type: FSDP, sp DEEPSPEED, and neither goes with pp, tp or ep")
+        problems.append(
+            "parallelism_config: cp needs distributed_type: FSDP, sp DEEPSPEED, and neither goes with pp, tp or ep"
+        )
     if ways.own or ways.sp > 1:  # Accelerate must not split it as well
         os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "own"
     if _flag("ACCELERATE_USE_FSDP") and not devices:
@@ -179,13 +183,19 @@ def idle_devices() -> str | None:
 
 
 def _compiler_problems() -> list[str]:
-    """DeepSpeed compiles one small C++ op at its first use on CPU; says what is missing for that."""
+    """DeepSpeed compiles small C++ ops at their first use on CPU; says what is missing for that, or in the way."""
     if importlib.util.find_spec("deepspeed") is None:
         return ["DeepSpeed is not installed: pip install -r requirements.txt"]
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    if root.is_dir() and any(root.rglob("deepspeed_shm_comm.so")):
+    ops = ["deepspeed_shm_comm"]
+    if os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none":
+        ops.append("cpu_adam")
+    locks = [_left_over(lock.resolve()) for op in ops for lock in root.rglob(f"{op}/lock")]
+    if any(locks):
+        return list(filter(None, locks))
+    if all(any(root.rglob(f"{op}.so")) for op in ops):
         return []
     missing = []
     if not shutil.which(os.environ.get("CXX", "c++")):
@@ -199,23 +209,32 @@ def _compiler_problems() -> list[str]:
     return []
 
 
-def check_strategy(accelerator) -> None:
-    """Raises UserError unless the strategy in force is the one the launcher asked for."""
-    asked, world_size = asked_strategy(), int(os.environ.get("WORLD_SIZE", 1))
-    kind = accelerator.distributed_type.value
-    if kind == "DEEPSPEED":
-        plugin = accelerator.state.deepspeed_plugin
-        active = f"DeepSpeed ZeRO-{plugin.zero_stage}"
-    elif kind == "FSDP":
-        active = f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
-    elif layout().own and kind.startswith("MULTI"):
-        active = asked  # the model says so itself
-    else:
-        active = "DDP" if accelerator.num_processes > 1 else "single process"
-    if kind in ("DEEPSPEED", "FSDP") and asked.startswith(active):
-        active = asked  # Accelerate has refused sizes that do not fit
-    if active != asked or accelerator.num_processes != world_size:
-        raise UserError(
-            f"asked for {asked} on {world_size} processes, but {active} on {accelerator.num_processes} is in force: "
-            "check the file given to --config_file"
-        )
+def _left_over(lock: Path) -> str | None:
+    """A sentence when the build that made this lock file is dead: whoever needs the op would wait for ever.
+
+    torch's FileBaton has the file open until it removes it. Nobody here has: then the builder was killed, or is on
+    another machine that shares the folder. Builds take minutes, so an old lock is removed.
+    """
+    try:
+        made = lock.stat().st_mtime
+        if _is_open(lock):
+            return None
+        time.sleep(1)  # the builder closes the file a moment before it removes it
+        if lock.stat().st_mtime != made:
+            return None
+    except FileNotFoundError:
+        return None
+    if time.time() - made > 1800:
+        lock.unlink(missing_ok=True)
+        print(f"{lock}: removed, it was left by a build that was killed", flush=True)
+        return None
+    return f"{lock} is left by a build that was killed, unless another machine is building: wait for that, or rm {lock}"
+
+
+def _is_open(path: Path) -> bool:
+    """True when a process of this machine has the file open, as far as this user may see (Linux)."""
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it is gone by now
+            if os.readlink(link) == str(path):
+                return True
+    return False

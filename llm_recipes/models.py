@@ -43,7 +43,11 @@ def attention(model: ModelConfig, config: PreTrainedConfig, objective: Objective
 
 
 def load_model(
-    model: ModelConfig, config: PreTrainedConfig, objective: ObjectiveConfig, length: int, args: TrainingArguments,
+    model: ModelConfig,
+    config: PreTrainedConfig,
+    objective: ObjectiveConfig,
+    length: int,
+    args: TrainingArguments,
     pipeline_schedule: str = "1F1B",
 ) -> PreTrainedModel:
     """The model of `config` for `objective` in fp32: fresh, or with the weights of `model_name_or_path`.
@@ -65,7 +69,11 @@ def load_model(
         if model.model_name_or_path is None:
             return from_scratch(config, args.seed, auto, **options)
         loaded, info = auto.from_pretrained(
-            config.name_or_path, config=config, revision=model.model_revision or "main", output_loading_info=True, **options
+            config.name_or_path,
+            config=config,
+            revision=model.model_revision or "main",
+            output_loading_info=True,
+            **options,
         )
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:3])
@@ -76,7 +84,9 @@ def load_model(
         ready = split_model(lambda: auto.from_config(copy.deepcopy(config), **options), whole, pipeline_schedule, args)
     else:
         ready = whole()
-    if objective.objective in SHIFTED:  # GPT-2's class name tells the Trainer nothing: it would count the first label too
+    if (
+        objective.objective in SHIFTED
+    ):  # GPT-2's class name tells the Trainer nothing: it would count the first label too
         ready.loss_type = "ForCausalLM"
     return ready
 

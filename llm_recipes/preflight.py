@@ -1,6 +1,7 @@
 """The checks of every start, all problems at once, and the first screen, which says what will happen."""
 
 import dataclasses
+import os
 
 import torch
 from accelerate.utils import gather_object
@@ -141,7 +142,9 @@ def preflight(
     problems += diloco_problems(optimization.diloco, optimization.spike_guard, args, strategy, windows.streaming)
     problems += monitor_problems(optimization.monitor, strategy, args)
     if "pipeline_schedule" in run.resolved and layout().pp == 1:
-        problems.append("pipeline_schedule means nothing without a pipeline: launch with accelerate_configs/pipeline.yaml")
+        problems.append(
+            "pipeline_schedule means nothing without a pipeline: launch with accelerate_configs/pipeline.yaml"
+        )
     problems += layout_problems(config, objective, windows, optimization, args)
     if problems:
         raise UserError("\n".join(problems))
@@ -256,7 +259,10 @@ def plan(
         ),
         ("steps", f"{steps:,}: {tokens:,} tokens{epochs}, {tokens / parameters:.1f} a parameter"),
         *launch_lines(args, run, parameters),
-        ("samples", "none are drawn: no process holds the whole model" if layout().own and run.sample_prompts else None),
+        (
+            "samples",
+            "none are drawn: no process holds the whole model" if layout().own and run.sample_prompts else None,
+        ),
         (
             "diloco",
             diloco
@@ -287,6 +293,7 @@ def launch_lines(args: TrainingArguments, run: RunConfig, parameters: int, train
     """Lines of the first screen on strategy, memory and output; `trained` parameters, if not all."""
     strategy, trained = asked_strategy(), trained or parameters
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    dtype = "fp8" if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8" else dtype
     shards = layout().shards
     frozen = 4 * (parameters - trained) / (1 if "ZeRO-1" in strategy or "ZeRO-2" in strategy else shards)
     memory = frozen + state_bytes(strategy, shards) * trained

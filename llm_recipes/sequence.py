@@ -32,7 +32,8 @@ def split_sequences(trainer: Trainer) -> None:
         return
     trainer.get_tp_size = lambda: ways.sp  # ranks that count the same targets; those of cp the Trainer knows
     trainer.get_eval_dataloader = lambda dataset=None: _eval_batches(trainer, dataset or trainer.eval_dataset)
-    mesh = init_device_mesh(trainer.args.device.type, (ways.data, ways.sp), mesh_dim_names=("data", "sp"))["sp"]
+    if ways.sp > 1:
+        mesh = init_device_mesh(trainer.args.device.type, (ways.data, ways.sp), mesh_dim_names=("data", "sp"))["sp"]
 
     def split(model, inputs):
         shifted = pad(inputs["labels"][:, 1:], (0, 1), value=-100)
@@ -52,7 +53,9 @@ def split_sequences(trainer: Trainer) -> None:
 @contextlib.contextmanager
 def _ring(accelerator, parts: list[torch.Tensor]):
     """Cuts `parts` `(B, T)`; SDPA is ring attention, and never the plain formula, which would mask by place in the part."""
-    cut = accelerator.maybe_context_parallel(buffers=parts, buffer_seq_dims=[1] * len(parts), no_restore_buffers=set(parts))
+    cut = accelerator.maybe_context_parallel(
+        buffers=parts, buffer_seq_dims=[1] * len(parts), no_restore_buffers=set(parts)
+    )
     with cut, sdpa_kernel(RING):
         yield
 

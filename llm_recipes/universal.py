@@ -36,7 +36,7 @@ def accept_any_world_size() -> None:
         if state.is_main_process:
             _remove(folder)  # what a start that was killed has left
             if written != state.num_processes:
-                _convert(folder, shards, written, state.num_processes)
+                convert(folder, shards, written, state.num_processes)
         state.wait_for_everyone()
         if written == state.num_processes:
             return load_checkpoint(engine, folder, *args, **kwargs)
@@ -55,10 +55,10 @@ def accept_any_world_size() -> None:
     DeepSpeedEngine.load_checkpoint = load
 
 
-def _convert(folder: Path, shards: Path, written: int, processes: int) -> None:
+def convert(folder: Path, shards: Path, written: int, processes: int) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
-    print(f"{folder} was written by {written} processes: converting it for {processes}", flush=True)
+    print(f"{folder} was written with --num_processes {written}: converting it for {processes}", flush=True)
     options = argparse.Namespace(
         input_folder=str(shards), output_folder=str(folder / NAME), keep_temp_folder=False, strict=True,
         inject_missing_state=True, num_extract_workers=1, num_merge_workers=1,
@@ -73,7 +73,7 @@ def _convert(folder: Path, shards: Path, written: int, processes: int) -> None:
     except Exception as error:  # a full disk is a RuntimeError of torch, what is missing an assertion of DeepSpeed
         _remove(folder)
         raise UserError(
-            f"{folder} could not be converted from {written} processes: {error}; launch with --num_processes {written}"
+            f"{folder} could not be converted for {processes} processes: {error}; launch with --num_processes {written}"
         ) from error
 
 

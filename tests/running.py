@@ -358,6 +358,39 @@ def ring_on_cpu():
     ring.custom_ops |= {forward: run_forward, backward: run_backward}
 
 
+def no_launch_check():
+    """What is wrong with a launch is not found before the process group exists."""
+    from llm_recipes import config
+
+    config.check_launch = list
+
+
+def unsharded():
+    """ZeRO-2 whose partition is everything, as far as anyone can see."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    init = DeepSpeedZeroOptimizer.__init__
+
+    def whole(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.single_partition_of_fp32_groups = [part.repeat(2) for part in self.single_partition_of_fp32_groups]
+
+    DeepSpeedZeroOptimizer.__init__ = whole
+
+
+def same_rows():
+    """Every process takes the first one's share of the batch."""
+    from llm_recipes.batches import Batches
+
+    init = Batches.__init__
+
+    def first(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.rank = 0
+
+    Batches.__init__ = first
+
+
 def count_parameters(step: int):
     """Says at `step` how many numbers are in all the parameters that this process holds."""
     import gc
@@ -373,7 +406,7 @@ def count_parameters(step: int):
 
 FAULTS = {
     f.__name__: f for f in (
-        count_parameters, send_signal, stop_uncompiled, kill_in_save, poison_step, poison_window, limit_file_size,
+        no_launch_check, unsharded, same_rows, count_parameters, send_signal, stop_uncompiled, kill_in_save, poison_step, poison_window, limit_file_size,
         fsdp_on_cpu, ring_on_cpu,
     )
 }  # fmt: skip

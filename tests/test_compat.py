@@ -6,6 +6,7 @@ import re
 
 import torch
 from accelerate import Accelerator
+from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -80,6 +81,13 @@ def test_dpo_keeps_the_reference_under_our_hash():
     assert _compat.state_digest(first) != _compat.state_digest(second)
     second.load_state_dict(first.state_dict())
     assert _compat.state_digest(first) == _compat.state_digest(second)
+
+
+def test_flags_of_accelerate_launch():
+    flags = {action.dest: action for action in _compat.actions(launch_command_parser())}
+    assert flags["zero_stage"].type is int and flags["mixed_precision"].choices == ["no", "fp16", "bf16", "fp8"]
+    assert flags["fsdp_offload_params"].default == "false" and flags["same_network"].nargs == 0
+    assert "(true|false)" in flags["zero3_init_flag"].help
 
 
 def test_private_names_are_nowhere_else():

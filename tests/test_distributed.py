@@ -66,9 +66,6 @@ def test_signal_to_one_rank_stops_all_and_resumes_exactly(tiny, config):
     assert [p.name for p in checkpoints("parts")] == ["checkpoint-5", "checkpoint-4"] and damage(
         checkpoints("parts")[0]
     ) is None
-    if config == "zero3":
-        other = launch(config, "--config", path, "--output_dir", "parts", processes=1)
-        assert "was written by 2 processes under DeepSpeed ZeRO-3: launch with --num_processes 2" in other.err
     again = launch(config, "--config", path, "--output_dir", "parts")
     assert again.code == 0, again.err[-3000:]
     assert curve("parts") == curve("straight") and difference("parts", "straight") == 0

@@ -38,7 +38,12 @@ def layout_problems(
     heads = {key: getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")}
     problems += [f"{key} {n} does not divide over TP {ways.tp}" for key, n in heads.items() if n and n % ways.tp]
     try:
-        sizes = {"tp_size": ways.tp, "fsdp_size": ways.dp_shard, "dp_replicate_size": ways.dp_replicate, "ep_size": ways.ep}
+        sizes = {
+            "tp_size": ways.tp,
+            "fsdp_size": ways.dp_shard,
+            "dp_replicate_size": ways.dp_replicate,
+            "ep_size": ways.ep,
+        }
         _compat.parallel_plans(meta_model(config), DistributedConfig(**sizes))
     except ValueError as error:
         problems.append(f"{config.model_type} under {strategy}: {' '.join(str(error).split())}")
@@ -56,22 +61,32 @@ def _sequence_problems(parts: int, objective: ObjectiveConfig, windows: WindowCo
     problems = []
     if objective.objective != "causal" or objective.isolate_documents:
         problems.append(f"{strategy} splits causal windows: objective causal, without isolate_documents")
-    if windows.sequence_length % (2 * parts):  # ring attention gives each rank a piece from the front and one from the back
-        problems.append(f"sequence_length {windows.sequence_length} is no multiple of {2 * parts}, which {strategy} needs")
+    if windows.sequence_length % (
+        2 * parts
+    ):  # ring attention gives each rank a piece from the front and one from the back
+        problems.append(
+            f"sequence_length {windows.sequence_length} is no multiple of {2 * parts}, which {strategy} needs"
+        )
     if objective.z_loss:
         problems.append(f"z_loss is not taken under {strategy}")
     return problems
 
 
-def _pipeline_problems(config: PreTrainedConfig, optimization: OptimizationConfig, args: TrainingArguments) -> list[str]:
+def _pipeline_problems(
+    config: PreTrainedConfig, optimization: OptimizationConfig, args: TrainingArguments
+) -> list[str]:
     schedule, ranks = optimization.pipeline_schedule, layout().pp
     stages, problems = ranks * SCHEDULES[schedule], []
     if not getattr(config, "base_model_pp_plan", None):
-        return [f"{config.model_type} has no pipeline plan in transformers: use an architecture such as llama, or zero3.yaml"]
+        return [
+            f"{config.model_type} has no pipeline plan in transformers: use an architecture such as llama, or zero3.yaml"
+        ]
     if config.num_hidden_layers < stages:
         problems.append(f"{schedule} cuts {stages} stages, and the model has {config.num_hidden_layers} layers")
     if getattr(config, "output_router_logits", False):
-        problems.append("the balance loss of experts needs all layers in one place: no pipeline, or output_router_logits: false")
+        problems.append(
+            "the balance loss of experts needs all layers in one place: no pipeline, or output_router_logits: false"
+        )
     size, sizes = global_batch(args), []
     if ramp := optimization.batch_size_ramp:
         sizes = [ramp.start * ramp.factor**i for i in range(64) if ramp.start * ramp.factor**i < size]

@@ -63,7 +63,11 @@ class Pipeline:
             stage.train()
         with self.precision:
             self._schedule(len(micro_batches), inputs.shape).step(
-                *([inputs] if 0 in self.split.numbers else []), target=labels, losses=losses, return_outputs=False, **batch
+                *([inputs] if 0 in self.split.numbers else []),
+                target=labels,
+                losses=losses,
+                return_outputs=False,
+                **batch,
             )
         return self._from_last(sum(losses) if losses else None)
 
@@ -158,8 +162,9 @@ def _norm(model: torch.nn.Module, split: Split, greatest: float | None) -> torch
     if split.tied:
         ends = {model.get_input_embeddings(), model.get_output_embeddings()}
         weight = next(module.weight for module in ends if hasattr(module, "weight"))
-        local = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
-        dist.all_reduce(local, group=split.tied)
+        if isinstance(weight.grad, DTensor):  # the embedding's is whole on every rank of tp, the head's is not
+            weight.grad = weight.grad.redistribute(placements=weight.placements)
+        dist.all_reduce(weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad, group=split.tied)
     by_mesh = {}
     for p in params.values():
         by_mesh.setdefault(p.grad.device_mesh if isinstance(p.grad, DTensor) else None, []).append(p)

@@ -105,9 +105,7 @@ def shard(
     if ways.ep > 1:
         experts = ways.dp_shard * ways.tp // ways.ep
         shape = (ways.pp, ways.dp_replicate, experts, ways.ep)
-        expert_mesh = init_device_mesh(
-            mesh.device_type, shape, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep")
-        )
+        expert_mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep"))
         apply_expert_parallelism(model, expert_mesh["ep"], mesh["tp"], ep_plan, ep_implementation="all_to_all")
     if ways.ep > 1:  # the experts have a mesh of their own
         model.config.distributed_config = config

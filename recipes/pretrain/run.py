@@ -28,7 +28,8 @@ from llm_recipes.config import (
 from llm_recipes.datasets import hasher, load_documents, make_windows
 from llm_recipes.diloco import train_apart
 from llm_recipes.errors import entrypoint
-from llm_recipes.launch import check_strategy, global_batch
+from llm_recipes.guard import check_strategy
+from llm_recipes.launch import global_batch
 from llm_recipes.models import load_model
 from llm_recipes.monitor import Monitor
 from llm_recipes.objectives import collate, exact_loss, example_lengths, make_objective, prepare_tokenizer
@@ -85,7 +86,7 @@ def main():
         model, args, collate, train_dataset, eval_dataset, processing_class=tokenizer,
         optimizer_cls_and_kwargs=own_optimizer(optimization.optimizer, args, model),
     )  # fmt: skip
-    check_strategy(trainer.accelerator)
+    check_strategy(trainer)
     flops = metrics.flops_per_example(config, *example_lengths(objective, length))
     throughput = Throughput(lambda step: batches.sequences(step) * length)
     show_progress(trainer, throughput, Monitor(model, optimization.monitor))

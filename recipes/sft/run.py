@@ -18,7 +18,7 @@ from llm_recipes.checkpoints import find_checkpoint, protect
 from llm_recipes.config import AdapterConfig, AnswerConfig, ConversationConfig, RunConfig, parse
 from llm_recipes.conversations import Encoder, load_chat_tokenizer, make_rows
 from llm_recipes.errors import entrypoint
-from llm_recipes.launch import check_strategy
+from llm_recipes.guard import check_strategy
 from llm_recipes.models import load_trained, trained_config
 from llm_recipes.progress import Throughput, show_progress
 
@@ -61,7 +61,7 @@ def main():
     trainer = SFTTrainer(
         model, args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer, peft_config=peft_config
     )
-    check_strategy(trainer.accelerator)
+    check_strategy(trainer)
     throughput = Throughput(post_training.token_counter(args, train))
     show_progress(trainer, throughput)
     post_training.exact_evaluation(trainer, evaluation)

@@ -142,10 +142,9 @@ def test_what_is_communicated(tiny):
         sent[name] = ast.literal_eval(re.search(r"^bytes: (.*)", done.out, re.M).group(1))
     each = 4 * metrics("ddp")["parameters"]
     assert sent["ddp"]["allreduce_ tensors"] == 12 * each and sent["diloco"]["allreduce_ tensors"] == 3 * each
-    # every step: the targets (int64), the flag (int32), and of DiLoCo the gradient norm (fp32)
-    assert sent["ddp"]["allreduce_ scalars"] == 12 * (8 + 4) and sent["diloco"]["allreduce_ scalars"] == 12 * (
-        8 + 4 + 4
-    )
+    # every step: the targets (int64), the flag (int32), and of DiLoCo the gradient norm (fp32); once the matmul rate (fp64)
+    assert sent["ddp"]["allreduce_ scalars"] == 12 * (8 + 4) + 8
+    assert sent["diloco"]["allreduce_ scalars"] == 12 * (8 + 4 + 4) + 8
 
 
 @FULL

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm_recipes.checkpoints import checkpoints, damage
-from tests.running import PRETRAIN, ROOT, TINY_MODEL, Result, curve, difference, launch
+from tests.running import PRETRAIN, ROOT, TINY_MODEL, Result, curve, difference, launch, write_texts
 
 FULL = pytest.mark.skipif(not os.environ.get("LLM_RECIPES_FULL"), reason="the full matrix: LLM_RECIPES_FULL=1")
 ACCELERATE = Path(sys.executable).parent / "accelerate"
@@ -106,9 +106,8 @@ def test_slurm_script_saves_requeues_and_continues(tiny, tmp_path):
     compare("one", "two")
     assert Path("requeued").read_text() == "requeue 7\n"  # a finished run is not
 
-    failed = submit(tmp_path / "doubles", *job, "--learning_rate", 0.5)
-    assert failed.code != 0 and "output_dir: two holds another run (learning_rate: 0.01 -> 0.5)" in failed.err
-    assert Path("requeued").read_text() == "requeue 7\n"  # nor one that fails of itself
+    failed = submit(tmp_path / "doubles", "missing.yaml", *job[1:])
+    assert failed.code != 0 and Path("requeued").read_text() == "requeue 7\n"  # nor one that fails of itself
 
 
 @FULL
@@ -136,3 +135,16 @@ def test_two_nodes_learn_what_one_learns_and_survive_a_kill(tiny, config):
     again = launch_nodes(f"{config}_2node", "--config", path, "--output_dir", "parts")
     assert [node.code for node in again] == [0, 0], again[0].err[-3000:]
     assert curve("parts") == curve("two") and difference("parts", "two") == 0
+
+
+@FULL
+def test_nodes_with_different_data_are_told(tiny):
+    path = tiny(**KEYS, datasets=[{"path": "texts.jsonl"}])
+    for node in (0, 1):
+        Path(f"machine{node}").mkdir()
+        write_texts(Path(f"machine{node}/texts.jsonl"), seed=node)
+    done = launch_nodes("ddp_2node", "--config", path, folders=("machine0", "machine1"))
+    for node in done:
+        assert node.code != 0
+        assert "the processes do not see the same data or tokenizer: share the files between the machines" in node.err
+    assert not Path("out").exists()

@@ -19,7 +19,7 @@ from llm_recipes.checkpoints import find_checkpoint, protect
 from llm_recipes.config import AdapterConfig, AnswerConfig, PromptConfig, RewardsConfig, RunConfig, parse
 from llm_recipes.conversations import Encoder, load_chat_tokenizer, make_rows
 from llm_recipes.errors import entrypoint
-from llm_recipes.launch import check_strategy
+from llm_recipes.guard import check_strategy
 from llm_recipes.models import load_trained, trained_config
 from llm_recipes.ppo import PPOConfig, PPOTrainer
 from llm_recipes.ppo.critic import critic_config
@@ -77,7 +77,7 @@ def main():
         model, reward_funcs, args, train, evaluation, tokenizer, peft_config=peft_config,
         critic_model=critic and load_trained(*critic, tokenizer), critic_peft_config=critic and lora_config(*critic[1:]),
     )  # fmt: skip
-    check_strategy(trainer.accelerator)
+    check_strategy(trainer)
     throughput = Throughput(post_training.rollout_counter(trainer))
     throughput.left_out = args.steps_per_rollout  # the whole first rollout, for its steps share the drawing
     show_progress(trainer, throughput)
