@@ -103,15 +103,11 @@ def main():
 
     # 9. Save first, then measure and show
     outputs.save_model(trainer)
-    results = metrics.measure(
-        trainer, objective.objective, eval_dataset, tokenizer, throughput, flops / length, started
-    )
-    results |= watch.figures()
+    measured = (eval_dataset, tokenizer, throughput, flops / length, started)
+    results = metrics.measure(trainer, objective.objective, *measured) | watch.figures()
     samples = sample(trainer, tokenizer, run.sample_prompts, objective.objective)
     if args.process_index == 0:
-        origin = (
-            f"continued from {model_config.model_name_or_path}" if model_config.model_name_or_path else "from scratch"
-        )
+        origin = f"continued from {path}" if (path := model_config.model_name_or_path) else "from scratch"
         sentence = f"A {config.model_type} language model pretrained on {results['tokens']:,} tokens, {origin}."
         outputs.write_results(args.output_dir, record, results, sentence, samples, trainer.state.log_history)
 
