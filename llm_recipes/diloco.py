@@ -40,8 +40,6 @@ class _Workers(TrainerCallback):
         return Path(args.output_dir) / f"checkpoint-{step}" / f"diloco_{args.process_index}.pt"
 
     def on_train_begin(self, args, state, control, **kwargs):
-        for weight in self.weights:  # as DDP does
-            torch.distributed.broadcast(weight.data, 0)
         self.shared = [weight.detach().clone() for weight in self.weights]
         momentum = self.config.outer_momentum
         self.optimizer = torch.optim.SGD(self.shared, self.config.outer_learning_rate, momentum, nesterov=momentum > 0)
@@ -92,15 +90,16 @@ class _Workers(TrainerCallback):
 
 
 def train_apart(trainer: Trainer, config: Diloco | None) -> None:
-    """Makes each process of `trainer` a worker of DiLoCo; nothing without `config`. Call it once, before `protect`."""
+    """Makes each process of `trainer` a worker of DiLoCo; nothing without `config`. Call it after `train_on`, before `protect`."""
     if config is None:
         return
-    workers, accelerator, evaluate = _Workers(trainer, config), trainer.accelerator, trainer.evaluate
-    prepare_model, (save, get_norm) = accelerator.prepare_model, _compat.methods(trainer)
+    workers, accelerator = _Workers(trainer, config), trainer.accelerator
+    training_step, evaluate, (save, get_norm) = trainer.training_step, trainer.evaluate, _compat.methods(trainer)
     trainer.add_callback(workers)
 
-    def prepare_alone(model, **kwargs):
-        return prepare_model(model, **kwargs | {"evaluation_mode": True})  # autocast and all, but no DDP around it
+    def step_alone(model, *args, **kwargs):
+        with accelerator.no_sync(model):  # DDP has made the weights equal at the start, and does no more
+            return training_step(model, *args, **kwargs)
 
     def evaluate_shared(*args, **kwargs):
         with workers.shared_weights():
@@ -114,7 +113,7 @@ def train_apart(trainer: Trainer, config: Diloco | None) -> None:
     def mean_norm(*args, **kwargs):
         return accelerator.reduce(get_norm(*args, **kwargs), "mean")
 
-    accelerator.prepare_model, trainer.evaluate = prepare_alone, evaluate_shared
+    trainer.training_step, trainer.evaluate = step_alone, evaluate_shared
     _compat.set_methods(trainer, save_all, mean_norm)
 
 

@@ -119,7 +119,9 @@ def checkpoint_format() -> str:
     strategy = asked_strategy()
     if layout().own:
         return "the layouts of llm_recipes.pipeline"
-    sharded = strategy.startswith(("DeepSpeed", "FSDP"))
+    if _flag("ACCELERATE_USE_FSDP"):  # neither kind can be read as the other
+        return f"FSDP2 with {os.environ.get('FSDP_STATE_DICT_TYPE', 'SHARDED_STATE_DICT')}"
+    sharded = strategy.startswith("DeepSpeed")
     return re.match(r"(DeepSpeed )?[\w-]+", strategy).group() if sharded else "DDP or a single process"
 
 

@@ -27,11 +27,16 @@ class Monitor(TrainerCallback):
     `activation_rms/<layer>` of the output, over this process's micro-batches; layers only.
     `grad_norm/<part>` before clipping; their squares add up to that of `grad_norm`.
     `update_ratio/<part>`, norm of the step's change of the weights over their norm before it.
+    `expert_load_max/<layer>`, always where the model puts out `router_logits`: tokens of the busiest expert over the mean of
+    all, 1 when they are even, over all processes.
     At other steps nothing is computed, hooked or copied, and the device is not waited for before the log.
     """
 
     def __init__(self, model: PreTrainedModel, kinds: list[str]):
-        self.kinds, self.hooks, self.before, self.figures, self.weights = kinds, [], {}, {}, {}
+        self.kinds, self.hooks, self.before, self.figures, self.weights = [*kinds], [], {}, {}, {}
+        self.model, self.config, self.routed = model, model.config, []
+        if getattr(model.config, "output_router_logits", False):
+            self.kinds.append("experts")
         own = f"{model.base_model_prefix}."
         modules = {name.removeprefix(own): module for name, module in model.named_modules()}
         self.layers = {name: module for name, module in modules.items() if "." in name and PART.fullmatch(name)}
@@ -41,16 +46,31 @@ class Monitor(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         logged = (step := state.global_step + 1) % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
         self.active, self.outputs, self.figures = self.kinds if logged else [], {}, {}
+        if "experts" in self.active:
+            self.hooks, self.routed = [self.model.register_forward_hook(self._count)], []
         if "activations" in self.active:
-            self.hooks = [m.register_forward_hook(partial(self._keep, name)) for name, m in self.layers.items()]
+            self.hooks += [m.register_forward_hook(partial(self._keep, name)) for name, m in self.layers.items()]
 
     def _keep(self, name, module, inputs, output):
         hidden = (output[0] if isinstance(output, tuple) else output).detach()
         self.outputs.setdefault(name, []).append((_norm([hidden]), hidden.numel()))
 
+    def _count(self, module, inputs, output):
+        chosen = torch.stack(output.router_logits).detach().topk(self.config.num_experts_per_tok).indices.flatten(1)
+        layers, experts = len(chosen), output.router_logits[0].shape[-1]
+        counts = torch.zeros(layers, experts, device=chosen.device)
+        self.routed.append(counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=counts.dtype)))
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         while self.hooks:
             self.hooks.pop().remove()
+        if self.routed:
+            counts = sum(self.routed)
+            if args.world_size > 1:
+                torch.distributed.all_reduce(counts)
+            loads = counts.max(1).values / counts.mean(1)
+            self.figures |= {f"expert_load_max/{layer}": load for layer, load in enumerate(loads)}
+            self.routed = []
         for name, outputs in self.outputs.items():
             self.figures[f"activation_rms/{name}"] = _norm(n for n, _ in outputs) / sum(s for _, s in outputs) ** 0.5
         for name, weights in self.weights.items():

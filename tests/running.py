@@ -25,6 +25,10 @@ _context.set_forkserver_preload(
     ["trl", "deepspeed", "llm_recipes.outputs", "llm_recipes.tokenization", "tests.running"]
 )
 
+# Of accelerate_configs/, what `asked_strategy` calls it, and the micro-batch of two processes in a test of all of them.
+STRATEGIES = [("ddp", "DDP", 4), ("zero2", "ZeRO-2", 4), ("zero3", "ZeRO-3", 2), ("fsdp2", "FSDP2", 2)]
+SHIMS = {"fsdp2": "fsdp_on_cpu"}  # what of FAULTS they need on the CPU
+
 TINY_MODEL = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 2, "max_position_embeddings": 64,

@@ -129,6 +129,29 @@ def test_the_device_is_not_waited_for_before_the_log():
     assert len(monitor.figures) == 12 and all(figure.is_meta for figure in monitor.figures.values())
 
 
+def test_the_load_of_experts(tmp_path):
+    """Two layers of four experts, over both micro-batches of a logging step; in evaluation and other steps nothing is counted."""
+    torch.manual_seed(0)
+    keys = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_local_experts": 4,
+            "num_key_value_heads": 1, "vocab_size": 50, "output_router_logits": True}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **keys))
+    ids = torch.randint(0, 50, (16, 12))
+    with torch.no_grad():
+        routed = model(input_ids=ids[:4], labels=ids[:4]).router_logits
+    expected = {}
+    for layer, logits in enumerate(routed):
+        counts = [0] * 4
+        for token in logits.tolist():
+            for expert in sorted(range(4), key=lambda e: -token[e])[:2]:
+                counts[expert] += 1
+        expected[f"expert_load_max/{layer}"] = max(counts) / (sum(counts) / 4)
+    trainer = train(tmp_path, model, Monitor(model, []), ids)
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["step"] for row in logged] == [1, 2, 4]
+    assert all(logged[0][key] == pytest.approx(value) and value > 1 for key, value in expected.items())
+    assert all(expected.keys() <= row.keys() for row in logged) and not model._forward_hooks
+
+
 @pytest.mark.parametrize(
     ("keys", "auto", "layers", "parts"),
     [

@@ -1,6 +1,8 @@
 """Two machines, played by two launchers on this one over loopback, each with one process."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,9 +23,11 @@ KEYS = {
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the ports that the system hands out: it would give this one away before the launchers have started."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port := random.randrange(20000, 30000)))
+            return port
 
 
 def launch_nodes(config: str, *argv, fault: str = "", rank: int | None = None, folders=(".", "."), timeout=240):
