@@ -236,7 +236,7 @@ def train_on(trainer: Trainer, examples: Examples, batches: Batches, objective: 
         return total
 
     def flops(micro_batches):
-        return flops_per_example * sum(len(batch["labels"]) for batch in micro_batches)
+        return flops_per_example * sum(len(batch["labels"]) for batch in micro_batches) / layout().sharing
 
     trainer.get_train_dataloader, trainer.get_batch_samples = dataloader, next_step
     trainer.training_step, trainer.floating_point_ops = accumulate, flops

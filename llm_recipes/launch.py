@@ -148,7 +148,7 @@ def check_launch() -> list[str]:
             "or set CUDA_VISIBLE_DEVICES=0 for one"
         )
     ways, world_size = layout(), int(os.environ.get("WORLD_SIZE", 1))
-    if ways.size != world_size:
+    if ways.size != world_size and not problems:  # under another launcher there is no YAML
         sizes = " x ".join(
             f"{key} {size}" for key, size in dataclasses.asdict(ways).items() if size > 1 and key != "ep"
         )

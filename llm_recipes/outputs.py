@@ -27,7 +27,7 @@ FREE = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "push_to_hub",
     "logging_steps", "logging_strategy", "logging_first_step", "log_level", "save_steps", "save_strategy",
     "save_total_limit", "eval_steps", "eval_strategy", "eval_on_start", "dataloader_num_workers", "hub_model_id",
-    "monitor", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push", "ddp_timeout",
+    "monitor", "pipeline_schedule", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push", "ddp_timeout",
 }  # fmt: skip
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "deepspeed", "peft")
 

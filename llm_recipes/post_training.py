@@ -15,7 +15,7 @@ from llm_recipes.adapters import adapter_problems
 from llm_recipes.config import AdapterConfig, ConversationConfig, PromptConfig, RunConfig
 from llm_recipes.conversations import IDS, Encoder
 from llm_recipes.errors import UserError
-from llm_recipes.launch import global_batch
+from llm_recipes.launch import asked_strategy, global_batch, layout
 from llm_recipes.metrics import parameter_count
 from llm_recipes.preflight import attention_problems, check_plan, launch_lines, processes, run_problems, show
 from llm_recipes.probes import check_isolation
@@ -30,6 +30,8 @@ def preflight(
     """Checks all that does not need the rows; `trained` parameters, if not all. Raises UserError with every problem, one a line; nothing is written."""
     held_out = bool(data.eval_fraction or data.eval_datasets)
     problems = run_problems(args, run, held_out, *_weights(args, parameter_count(config), trained))
+    if layout().own or layout().sharing > 1:
+        problems.append(f"{asked_strategy()} is for recipes/pretrain: use accelerate_configs/zero3.yaml or fsdp2.yaml")
     if not held_out and config.architectures[0].endswith("ForSequenceClassification"):
         problems.append("a reward model is judged on held-out pairs: set eval_fraction above 0, or eval_datasets")
     problems += adapter_problems(model, adapter, args) + attention_problems(model.attn_implementation)

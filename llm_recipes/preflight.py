@@ -44,7 +44,7 @@ from llm_recipes.objectives import architecture_for, objective_problems
 from llm_recipes.optimizers import optimizer_problems, own_optimizer
 from llm_recipes.outputs import output_problems, repo_id
 from llm_recipes.pipeline.checks import layout_problems
-from llm_recipes.probes import check_isolation, check_prefix, check_stages
+from llm_recipes.probes import check_isolation, check_parts, check_prefix, check_stages
 from llm_recipes.sampling import prompt_problems
 from llm_recipes.stability import spike_guard_problems
 
@@ -150,6 +150,8 @@ def preflight(
         raise UserError("\n".join(problems))
     if layout().pp > 1:
         check_stages(config, model.attn_implementation)
+    if layout().cp * layout().sp > 1:
+        check_parts(config, model.attn_implementation)
     if objective.isolate_documents:
         check_isolation(config, model.attn_implementation)
     if objective.objective == "prefix":

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig
 
+from llm_recipes import _compat
 from llm_recipes.errors import UserError
 from llm_recipes.objectives import collate, prefix
 from llm_recipes.pipeline.stages import Stage
@@ -66,28 +67,33 @@ def check_stages(config: PreTrainedConfig, attn_implementation: str | None) -> N
     _probe(config, attn_implementation, agrees, "pipeline: {} {}: " + choices, "is not the sum of its stages")
 
 
-def check_parts(config: PreTrainedConfig) -> None:
-    """Raises UserError unless the model can be run on a part of a sequence whose attention alone sees the rest.
+def check_parts(config: PreTrainedConfig, attn_implementation: str | None) -> None:
+    """Raises UserError unless the model can be run on a part of a sequence while SDPA alone sees the rest.
 
-    That is, with an attention in which each token sees itself no token knows of another; and the model goes by
-    `position_ids` and by labels that are shifted already.
+    That is: were each token to attend to itself, none would know of another; and the model goes by `position_ids` and by
+    labels that are shifted already.
     """
 
     def alone(module, query, key, value, attention_mask, **options):
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
 
     def apart(logits, model):
+        if attn_implementation not in (None, "sdpa") or not _compat.takes_any_attention(config):
+            return False
+        model.set_attn_implementation("alone")
         other = logits(input_ids=torch.where(BEFORE, IDS + 1, IDS))
         knows = not _same(logits(input_ids=IDS)[~BEFORE], other[~BEFORE])
-        model.set_attn_implementation("sdpa_causal")
+        model.set_attn_implementation("sdpa")
+        model.config.use_cache = False
         places, shifted = torch.arange(16).expand(2, 16), pad(IDS[:, 1:], (0, 1), value=-100)
         moved = not _same(logits(input_ids=IDS), logits(input_ids=IDS, position_ids=places * 2))
         part = model(input_ids=IDS, position_ids=places, labels=shifted, shift_labels=shifted)
         return not knows and moved and _same(part.loss, model(input_ids=IDS, labels=IDS).loss)
 
     AttentionInterface.register("alone", alone)
-    choices = "use an architecture such as llama, or accelerate_configs/zero3.yaml"
-    _probe(config, "alone", apart, "parts of a sequence: {} {}: " + choices, "lets tokens meet outside of attention")
+    fault = "needs more of a sequence than its attention is given"
+    sentence = "split sequences: {} {}: use sdpa and an architecture such as llama, or accelerate_configs/zero3.yaml"
+    _probe(config, attn_implementation or "sdpa", apart, sentence, fault)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -22,6 +22,11 @@ def test_trainer_methods():
     assert list(inspect.signature(Trainer._get_grad_norm).parameters) == ["self", "model", "grad_norm"]
     source = inspect.getsource(Trainer._run_epoch)
     assert source.index("self._get_grad_norm(") < source.index("self.optimizer.step()")
+    for step in (Trainer.training_step, Trainer.prediction_step):
+        source = inspect.getsource(step)
+        assert "cp_context, inputs = self._prepare_context_parallel_inputs(model, inputs)" in source
+        assert source.index("cp_context()") < source.index("self.compute_loss(")
+    assert source.index("self._get_num_items_in_batch(") < source.index("self._prepare_context_parallel_inputs(")
     save = inspect.getsource(Trainer._maybe_log_save_evaluate)
     assert "self._save_checkpoint(model, trial)" in save
 

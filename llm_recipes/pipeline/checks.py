@@ -23,7 +23,7 @@ def layout_problems(
             f"streaming deals every process other windows, and under {strategy} some share theirs: set streaming: false"
         )
     if ways.cp * ways.sp > 1:
-        problems += _sequence_problems(ways.cp * ways.sp, objective, windows, strategy)
+        problems += _sequence_problems(config, objective, windows, args)
     if not ways.own:
         return problems
     refused = {
@@ -57,19 +57,21 @@ def layout_problems(
     return problems + (_pipeline_problems(config, optimization, args) if ways.pp > 1 else [])
 
 
-def _sequence_problems(parts: int, objective: ObjectiveConfig, windows: WindowConfig, strategy: str) -> list[str]:
-    problems = []
+def _sequence_problems(
+    config: PreTrainedConfig, objective: ObjectiveConfig, windows: WindowConfig, args: TrainingArguments
+) -> list[str]:
+    ways, strategy, length, problems = layout(), asked_strategy(), windows.sequence_length, []
     if objective.objective != "causal" or objective.isolate_documents:
         problems.append(f"{strategy} splits causal windows: objective causal, without isolate_documents")
-    if windows.sequence_length % (
-        2 * parts
-    ):  # ring attention gives each rank a piece from the front and one from the back
-        problems.append(
-            f"sequence_length {windows.sequence_length} is no multiple of {2 * parts}, which {strategy} needs"
-        )
-    if objective.z_loss:
-        problems.append(f"z_loss is not taken under {strategy}")
-    return problems
+    parts = 2 * ways.cp * ways.sp  # a ring gives each rank a piece from the front and one from the back
+    if length % parts:
+        problems.append(f"sequence_length {length} is no multiple of {parts}, which {strategy} needs")
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        if (heads := getattr(config, key, None) or ways.sp) % ways.sp:
+            problems.append(f"{key} {heads} does not divide over SP {ways.sp}")
+    refused = {key: getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")}
+    refused |= {key: getattr(args, key) for key in ("torch_compile", "use_liger_kernel")}
+    return problems + [f"{key} is not taken under {strategy}" for key, found in refused.items() if found]
 
 
 def _pipeline_problems(

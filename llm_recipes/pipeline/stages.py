@@ -31,20 +31,22 @@ def stages_of_rank(schedule: str, rank: int, ranks: int) -> list[int]:
 
 
 def balanced(costs: list[float], parts: int) -> list[range]:
-    """Contiguous ranges of `costs`, none empty, whose greatest sum is the smallest that `parts` ranges can have."""
+    """Contiguous ranges of `costs`, none empty, whose greatest sum is the smallest that `parts` ranges can have, the others even."""
     before = [0, *itertools.accumulate(costs)]
 
     @functools.cache
-    def best(first: int, parts: int) -> tuple[float, tuple[int, ...]]:
+    def best(first: int, parts: int) -> tuple[float, float, tuple[int, ...]]:
+        """Greatest sum, sum of squares, and the ends."""
         if parts == 1:
-            return before[-1] - before[first], (len(costs),)
+            return (cost := before[-1] - before[first]), cost**2, (len(costs),)
         found = []
         for end in range(first + 1, len(costs) - parts + 2):
-            greatest, ends = best(end, parts - 1)
-            found.append((max(greatest, before[end] - before[first]), (end, *ends)))
+            greatest, squares, ends = best(end, parts - 1)
+            cost = before[end] - before[first]
+            found.append((max(greatest, cost), squares + cost**2, (end, *ends)))
         return min(found)
 
-    ends = best(0, parts)[1]
+    ends = best(0, parts)[2]
     return [range(first, end) for first, end in itertools.pairwise((0, *ends))]
 
 
