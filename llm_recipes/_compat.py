@@ -108,6 +108,11 @@ class PairsTrainer(DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
 
+def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """What torch.compile was given."""
+    return getattr(model, "_orig_mod", model)
+
+
 def view(module: torch.nn.Module) -> torch.nn.Module:
     """A copy of `module` whose children can be exchanged; until then they are the same objects."""
     copied = copy.copy(module)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
+from llm_recipes import _compat
 from llm_recipes.errors import UserError
 from llm_recipes.launch import asked_strategy, layout
 
@@ -53,10 +54,17 @@ class _Guard(TrainerCallback):
 
     def look(self, model, inputs, *rest, **kwargs):
         """In the place of `training_step` until the first step is over."""
-        for batch in inputs if isinstance(inputs, list) else [inputs]:
-            for tensor in (value for value in batch.values() if isinstance(value, torch.Tensor)):
-                self.seen.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._note(inputs)
         return self.training_step(model, inputs, *rest, **kwargs)
+
+    def _note(self, inputs) -> None:
+        if isinstance(inputs, torch.Tensor):
+            self.seen.update(inputs.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(inputs, dict | list):
+            for part in inputs.values() if isinstance(inputs, dict) else inputs:
+                self._note(part)
+        else:  # PPO says which rows of the rollout
+            self.seen.update(str(inputs))
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size == 1 or self.seen is None:
@@ -68,9 +76,10 @@ class _Guard(TrainerCallback):
 def check_model(trainer: Trainer) -> None:
     """Raises UserError unless the weights, or the states of ZeRO-1 and 2, are split as the strategy says."""
     ways, strategy, model = layout(), asked_strategy(), trainer.model
-    if strategy == "DDP" and not isinstance(trainer.model_wrapped, DistributedDataParallel):
+    wrapped = _compat.uncompiled(trainer.model_wrapped)
+    if strategy == "DDP" and not isinstance(wrapped, DistributedDataParallel):
         raise UserError(
-            f"asked for DDP, but the model is a plain {type(trainer.model_wrapped).__name__}: gradients would differ"
+            f"asked for DDP, but the model is a plain {type(wrapped).__name__}: every process would train alone"
         )
     weights = [p for p in model.parameters() if p.requires_grad]
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in weights)

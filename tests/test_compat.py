@@ -10,7 +10,8 @@ from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from transformers import AutoConfig, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from transformers.distributed import DistributedConfig
 from trl import DPOTrainer
 
 from llm_recipes import _compat
@@ -93,6 +94,34 @@ def test_flags_of_accelerate_launch():
     assert flags["zero_stage"].type is int and flags["mixed_precision"].choices == ["no", "fp16", "bf16", "fp8"]
     assert flags["fsdp_offload_params"].default == "false" and flags["same_network"].nargs == 0
     assert "(true|false)" in flags["zero3_init_flag"].help
+
+
+def test_a_model_split_beforehand_goes_through_the_trainer():
+    """What `take_over` replaces is where the Trainer asks, and nothing of it wraps or moves such a model."""
+    source = inspect.getsource(Trainer._prepare_for_training)
+    assert "if self.is_distributed_loading_by_transformers:" in source
+    assert "self._sync_replicated_trainable_parameters(model)" in source
+    assert "self._load_optimizer_and_scheduler(resume_from_checkpoint)" in source
+    source = inspect.getsource(Trainer._run_epoch)
+    assert source.index("self._clip_grad_norm(model)") < source.index("self._get_grad_norm(model, grad_norm=grad_norm)")
+    assert "self._save_optimizer_and_scheduler(output_dir)" in inspect.getsource(Trainer._save_checkpoint)
+    assert "self._load_from_checkpoint(resume_from_checkpoint)" in inspect.getsource(Trainer.train)
+
+
+def test_plans_and_views():
+    config = AutoConfig.for_model(
+        "llama", hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tp, ep, fsdp = _compat.parallel_plans(model, DistributedConfig(tp_size=2, fsdp_size=2))
+    assert tp["model.layers.0.self_attn.q_proj.weight"] == "colwise" and not ep and "model.layers.0" in fsdp
+    view = _compat.view(model)
+    view.lm_head = torch.nn.Identity()
+    assert view.model is model.model and isinstance(model.lm_head, torch.nn.Linear)
+    assert _compat.uncompiled(torch.compile(model)) is model and _compat.uncompiled(model) is model
+    tensors = {"a": torch.ones(2)}
+    assert _compat.plain_shards(_compat.plain_shards(tensors), tensors)["a"] is tensors["a"]
 
 
 def test_private_names_are_nowhere_else():

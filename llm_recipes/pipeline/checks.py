@@ -8,7 +8,7 @@ from llm_recipes.config import ObjectiveConfig, OptimizationConfig, WindowConfig
 from llm_recipes.launch import asked_strategy, global_batch, layout
 from llm_recipes.metrics import meta_model
 from llm_recipes.objectives import SHIFTED
-from llm_recipes.pipeline.stages import SCHEDULES
+from llm_recipes.pipeline.stages import SCHEDULES, V_SHAPED
 
 
 def layout_problems(
@@ -89,6 +89,10 @@ def _pipeline_problems(
         problems.append(
             "the balance loss of experts needs all layers in one place: no pipeline, or output_router_logits: false"
         )
+    if (
+        schedule in V_SHAPED and config.tie_word_embeddings and layout().data > 1
+    ):  # one FSDP unit would be in two stages
+        problems.append(f"{schedule} with tied weights does not go with data parallel: use InterleavedZeroBubble")
     size, sizes = global_batch(args), []
     if ramp := optimization.batch_size_ramp:
         sizes = [ramp.start * ramp.factor**i for i in range(64) if ramp.start * ramp.factor**i < size]

@@ -85,8 +85,10 @@ FULL = SHORT | {
     "EP 2 x FSDP2 2 x TP 2": Case(4, {"dp_shard": 2, "tp": 2, "ep": 2}, "experts"),
     "HSDP 2 x 2 x TP 2": Case(8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
     "3D with DDP: PP 2 x DDP 2 x TP 2": Case(8, {"pp": 2, "dp_replicate": 2, "tp": 2}),
-    "3D, ZBVZeroBubble, tied": Case(
-        8, {"pp": 2, "dp_shard": 2, "tp": 2}, "tied", {"pipeline_schedule": "ZBVZeroBubble"}
+    "3D, tied": Case(8, {"pp": 2, "dp_shard": 2, "tp": 2}, "tied"),
+    "3D, ZBVZeroBubble": Case(8, {"pp": 2, "dp_shard": 2, "tp": 2}, "dense", {"pipeline_schedule": "ZBVZeroBubble"}),
+    "3D, InterleavedZeroBubble, tied": Case(
+        8, {"pp": 2, "dp_shard": 2, "tp": 2}, "tied", {"pipeline_schedule": "InterleavedZeroBubble"}
     ),
     "3D, resumed": Case(8, {"pp": 2, "dp_shard": 2, "tp": 2}, resumes="3D: PP 2 x FSDP2 2 x TP 2"),
     "HSDP x TP, resumed from 3D": Case(

@@ -75,6 +75,11 @@ def problems(model=MODEL, objective=None, windows=None, optimization=None, **key
         ({"pp": 2}, {"model": {"model_type": "gpt2"}}, "gpt2 has no pipeline plan in transformers"),
         ({"pp": 5}, {}, "1F1B cuts 5 stages, and the model has 4 layers"),
         ({"pp": 3}, {"optimization": OptimizationConfig(pipeline_schedule="Interleaved1F1B")}, "cuts 6 stages"),
+        (
+            {"pp": 2, "dp_shard": 2},
+            {"model": MODEL | {"tie_word_embeddings": True}, "optimization": OptimizationConfig(pipeline_schedule="ZBVZeroBubble")},
+            "ZBVZeroBubble with tied weights does not go with data parallel",
+        ),
         ({"pp": 2}, {"gradient_accumulation_steps": 1}, "1F1B needs a micro-batch for each of its 2 stages"),
         ({"pp": 2}, {"gradient_accumulation_steps": 1, "optimization": OptimizationConfig(pipeline_schedule="GPipe")}, None),
         (
