@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.running import launch, metrics, write_config
 
 MODEL = {
