@@ -90,7 +90,10 @@ class _Workers(TrainerCallback):
 
 
 def train_apart(trainer: Trainer, config: Diloco | None) -> None:
-    """Makes each process of `trainer` a worker of DiLoCo; nothing without `config`. Call it after `train_on`, before `protect`."""
+    """Makes each process of `trainer` a worker of DiLoCo; nothing without `config`.
+
+    Call it after `train_on` and before `protect`, which has to see the mean norm and every worker's file.
+    """
     if config is None:
         return
     workers, accelerator = _Workers(trainer, config), trainer.accelerator

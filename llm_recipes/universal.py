@@ -56,15 +56,17 @@ def accept_any_world_size() -> None:
 
 
 def convert(folder: Path, shards: Path, written: int, processes: int) -> None:
+    """Writes the checkpoint `shards` of `folder` as a universal one beside them. Raises UserError, and leaves nothing then."""
     from deepspeed.checkpoint import ds_to_universal
 
     print(f"{folder} was written with --num_processes {written}: converting it for {processes}", flush=True)
+    # One worker is this process: no child may outlive a kill, nor be forked beside the threads of gloo.
     options = argparse.Namespace(
         input_folder=str(shards), output_folder=str(folder / NAME), keep_temp_folder=False, strict=True,
         inject_missing_state=True, num_extract_workers=1, num_merge_workers=1,
-    )  # fmt: skip  # one worker is this process: no child may outlive a kill, nor fork beside the threads of gloo
+    )  # fmt: skip
     try:
-        # the pieces, the parameters merged from them, and with ZeRO-3 one rank's file as it is
+        # needed at once: the pieces, the parameters merged from them, and with ZeRO-3 one rank's file as it is
         size, free = 3 * sum(file.stat().st_size for file in shards.iterdir()), shutil.disk_usage(folder).free
         if free < size:
             raise OSError(f"it needs {size / 1e6:,.0f} MB for a while, {free / 1e6:,.0f} MB are free")

@@ -73,11 +73,12 @@ def test_sharded_checkpoint_resumes_as_hsdp_on_four(trained):
 
 
 def test_bf16_keeps_the_digits_of_the_loss(trained):
-    """The loss that Accelerate's own policy rounds to bf16 is up to 0.016 off at the first step, where weights are the same."""
-    trained("bf16", 2, "fsdp2", keys={"bf16": True})
+    """bf16 numbers between 4 and 8 are multiples of 1/32. With Accelerate's policy every logged loss is the mean of two of
+    them, and up to 0.014 off."""
+    trained("bf16", 2, "fsdp2", keys={"bf16": True, "per_device_train_batch_size": 4})
     exact, here = ([loss for loss, _ in curve(name)] for name in ("dense", "bf16"))
-    assert abs(exact[0] - here[0]) < 1e-4
-    assert max(abs(a - b) for a, b in zip(exact, here, strict=True)) < 1e-3
+    assert not any((loss * 64).is_integer() for loss in here), here
+    assert max(abs(a - b) for a, b in zip(exact, here, strict=True)) < 3e-3
 
 
 def test_gradients_are_added_up_in_fp32():

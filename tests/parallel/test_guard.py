@@ -35,7 +35,7 @@ CASES = {
         "the accelerate config says mixed_precision: bf16, the recipe says bf16: false",
     ),
     "a layout for another number of processes": (
-        "pipeline", {"parallelism_config": {"parallelism_config_pp_size": 3}}, [], "", "is 3 processes, and 2 were started",
+        "pipeline", {"parallelism_config": {"parallelism_config_pp_size": 3}}, [], "", "pp 3 makes 3 processes",
     ),
 }  # fmt: skip
 
