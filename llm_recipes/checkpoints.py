@@ -92,18 +92,12 @@ def find_checkpoint(args: TrainingArguments, resume: str) -> str | None:
     if args.world_size > 1:
         broadcast_object_list(found)
     if found[0] is not None:
-        written, now = json.loads((Path(found[0]) / MANIFEST).read_text())["format"], _format()
+        written, now = json.loads((Path(found[0]) / MANIFEST).read_text())["format"], checkpoint_format()
         if written != now:
             raise UserError(f"{found[0]} was written under {written} and cannot be continued under {now}")
         if "DeepSpeed" in now:
             accept_any_world_size()
     return found[0]
-
-
-def _format() -> str:
-    """As the launch has it, and where the optimizer lives: DeepSpeed's Adam for the CPU keeps another state than torch's."""
-    device = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
-    return checkpoint_format() + ("" if device == "none" else f" with the optimizer on the {device}")
 
 
 def _choose(output_dir: Path, resume: str) -> Path | None:
@@ -252,7 +246,7 @@ def protect(trainer: Trainer, after_save=None, spike_guard: SpikeGuard | None = 
             del trainer.model.save_pretrained
         args.distributed_state.wait_for_everyone()
         if args.process_index == 0:
-            commit(folder, step=step, format=_format(), world_size=args.world_size)
+            commit(folder, step=step, format=checkpoint_format(), world_size=args.world_size)
             best = Path(trainer.state.best_model_checkpoint or "").name
             others = [path for path in checkpoints(args.output_dir) if path.name != best]
             for old in others[guard.keep :] if guard.keep else []:

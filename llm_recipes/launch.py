@@ -92,6 +92,11 @@ def layout() -> Layout:
     return found
 
 
+def offloads_optimizer() -> bool:
+    """True where DeepSpeed keeps the optimizer, its own Adam, in host memory."""
+    return os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
+
+
 def global_batch(args) -> int:
     """Sequences of an optimizer step, over all processes, of TrainingArguments `args`."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size // layout().sharing
@@ -115,14 +120,18 @@ def asked_strategy() -> str:
 
 
 def checkpoint_format() -> str:
-    """What a checkpoint of this launch can be continued under: the same strategy, or any of several that write alike."""
+    """What a checkpoint of this launch can be continued under: the same strategy, or any of several that write alike.
+
+    Where the optimizer lives is part of it: DeepSpeed's Adam for the CPU keeps another state than torch's.
+    """
     strategy = asked_strategy()
     if layout().own:
         return "the layouts of llm_recipes.pipeline"
     if _flag("ACCELERATE_USE_FSDP"):  # neither kind can be read as the other
         return f"FSDP2 with {os.environ.get('FSDP_STATE_DICT_TYPE', 'SHARDED_STATE_DICT')}"
     sharded = strategy.startswith("DeepSpeed")
-    return re.match(r"(DeepSpeed )?[\w-]+", strategy).group() if sharded else "DDP or a single process"
+    name = re.match(r"(DeepSpeed )?[\w-]+", strategy).group() if sharded else "DDP or a single process"
+    return f"{name} with the optimizer in host memory" if offloads_optimizer() else name
 
 
 def state_bytes(strategy: str, shards: int) -> float:
@@ -171,7 +180,7 @@ def check_launch() -> list[str]:
             "FSDP needs GPUs: without them Accelerate runs plain DDP and says nothing. "
             "Use accelerate_configs/zero3.yaml, which shards on CPU too"
         )
-    if _flag("ACCELERATE_USE_DEEPSPEED") and not devices:
+    if _flag("ACCELERATE_USE_DEEPSPEED") and (offloads_optimizer() or not devices):
         problems += _compiler_problems()
     return problems
 
@@ -185,14 +194,14 @@ def idle_devices() -> str | None:
 
 
 def _compiler_problems() -> list[str]:
-    """DeepSpeed compiles small C++ ops at their first use on CPU; says what is missing for that, or in the way."""
+    """DeepSpeed compiles small C++ ops at their first use, on the CPU and for offloaded optimizers; says what is missing for that, or in the way."""
     if importlib.util.find_spec("deepspeed") is None:
         return ["DeepSpeed is not installed: pip install -r requirements.txt"]
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    ops = ["deepspeed_shm_comm"]
-    if os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none":
+    ops = [] if _devices() else ["deepspeed_shm_comm"]
+    if offloads_optimizer():
         ops.append("cpu_adam")
     locks = [_left_over(lock.resolve()) for op in ops for lock in root.rglob(f"{op}/lock")]
     if any(locks):

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from llm_recipes.errors import UserError
+from llm_recipes.launch import offloads_optimizer
 
 OPTIONS = {  # what `optim_args` may set, and the published values
     "adam": {},
@@ -42,6 +43,8 @@ def own_optimizer(name: str | None, args: TrainingArguments, model: nn.Module) -
 
 def optimizer_problems(name: str | None, strategy: str) -> list[str]:
     """What `optimizer: name` cannot do under `strategy`, in the words of `asked_strategy`."""
+    if name and offloads_optimizer():  # Accelerate would put Adam in its place
+        return [f"optimizer: {name} cannot be offloaded, only the default can: use a strategy without offloading"]
     if name == "muon" and strategy not in ("single process", "DDP"):
         return [f"optimizer: muon needs whole matrices and {strategy} shards them: use accelerate_configs/ddp.yaml"]
     return []

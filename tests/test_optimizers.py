@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from llm_recipes.config import RunConfig
 from llm_recipes.errors import UserError
 from llm_recipes.optimizers import hidden_matrices, optimizer_problems, own_optimizer
+from llm_recipes.preflight import run_problems
 
 LR, DECAY = 1e-2, 0.1
 ATTENTION = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
@@ -383,6 +385,16 @@ def test_muon_needs_whole_matrices():
         assert strategy in optimizer_problems("muon", strategy)[0]
         assert optimizer_problems("lion", strategy) == optimizer_problems(None, strategy) == []
     assert optimizer_problems("muon", "DDP") == optimizer_problems("muon", "single process") == []
+
+
+def test_only_adam_is_offloaded(tmp_path, monkeypatch):
+    """Accelerate puts DeepSpeed's Adam in the place of any other without a word."""
+    args = [TrainingArguments(str(tmp_path / name), use_cpu=True, optim=name) for name in ("sgd", "adamw_torch_fused")]
+    assert optimizer_problems("lion", "DeepSpeed ZeRO-2") == [] == run_problems(args[0], RunConfig(), True, 1)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    assert "optimizer: lion cannot be offloaded" in optimizer_problems("lion", "DeepSpeed ZeRO-2")[0]
+    assert "optim: sgd cannot be offloaded" in run_problems(args[0], RunConfig(), True, 1)[0]
+    assert run_problems(args[1], RunConfig(), True, 1) == [] == optimizer_problems(None, "DeepSpeed ZeRO-2")
 
 
 def test_weights_replaced_after_they_were_listed_are_an_error(tmp_path):

@@ -69,6 +69,10 @@ def _sequence_problems(
     for key in ("num_attention_heads", "num_key_value_heads"):
         if (heads := getattr(config, key, None) or ways.sp) % ways.sp:
             problems.append(f"{key} {heads} does not divide over SP {ways.sp}")
+    if getattr(config, "output_router_logits", False):
+        problems.append(
+            "the balance loss of experts needs whole sequences: no cp or sp, or output_router_logits: false"
+        )
     refused = {key: getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")}
     refused |= {key: getattr(args, key) for key in ("torch_compile", "use_liger_kernel")}
     return problems + [f"{key} is not taken under {strategy}" for key, found in refused.items() if found]

@@ -104,7 +104,7 @@ def test_another_stage_or_optimizer_is_refused(tmp_path, monkeypatch):
     commit(tmp_path / "checkpoint-3", format="DeepSpeed ZeRO-2")
     for stage, device, now in (
         ("3", "none", "DeepSpeed ZeRO-3"),
-        ("2", "cpu", "DeepSpeed ZeRO-2 with the optimizer on the cpu"),
+        ("2", "cpu", "DeepSpeed ZeRO-2 with the optimizer in host memory"),
     ):
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", device)

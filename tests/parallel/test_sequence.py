@@ -14,7 +14,7 @@ from llm_recipes.launch import Layout
 from llm_recipes.pipeline.checks import layout_problems
 from llm_recipes.probes import check_parts
 from llm_recipes.sampling import sample
-from tests.parallel.matrix import MODEL, Case, differences, folder, train
+from tests.parallel.matrix import MIXTRAL, MODEL, Case, differences, folder, train
 from tests.running import ROOT, SFT, launch, post_training_stage
 
 FULL = pytest.mark.skipif(not os.environ.get("LLM_RECIPES_FULL"), reason="the full matrix: LLM_RECIPES_FULL=1")
@@ -29,7 +29,6 @@ CASES = {  # of a layout and a reference of matrix.py; every batch of a ramp is 
 MORE = {
     "ring of 4": (4, "fsdp2_cp", {"cp_size": 4}, "dense", {}, None),
     "ring, all to all": (2, "fsdp2_cp", RING | {"cp_comm_strategy": "alltoall"}, "dense", {}, None),
-    "ring, experts": (2, "fsdp2_cp", RING, "experts", {"per_device_train_batch_size": 4}, None),
     "ring, resumed": (2, "fsdp2_cp", RING, "ramp", {}, "ring"),
     "FSDP2 x ring, resumed from ring": (4, "fsdp2_cp", RING | {"dp_shard_size": 2}, "ramp", {}, "ring"),
     "ZeRO-3 x Ulysses": (4, "zero3_sp", {"sp_size": 2, "dp_shard_size": 2}, "tied", RECOMPUTED, None),
@@ -119,6 +118,7 @@ def launched(monkeypatch):
         ({"cp": 2}, {}, {"objective": ObjectiveConfig("prefix")}, "splits causal windows"),
         ({"sp": 2}, {}, {"objective": ObjectiveConfig(isolate_documents=True)}, "without isolate_documents"),
         ({"cp": 2}, {}, {"windows": WindowConfig(32, streaming=True)}, "set streaming: false"),
+        ({"sp": 2}, MIXTRAL, {}, "the balance loss of experts needs whole sequences"),
         ({"cp": 2}, {}, {"torch_compile": True}, "torch_compile is not taken under FSDP2 x CP 2"),
         ({"sp": 2}, {}, {"use_liger_kernel": True}, "use_liger_kernel is not taken under"),
     ],
