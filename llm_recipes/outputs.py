@@ -29,6 +29,7 @@ FREE = {
     "save_total_limit", "eval_steps", "eval_strategy", "eval_on_start", "dataloader_num_workers", "hub_model_id",
     "monitor", "pipeline_schedule", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push", "ddp_timeout",
 }  # fmt: skip
+SHARED_WITHIN = 60  # seconds: a network file system may remember for a while that a file is not there
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "deepspeed", "peft")
 
 
@@ -123,6 +124,15 @@ def claim(args, push_to_hub: bool, record: dict) -> None:
         _locks.append(file)
         (folder / "run.yaml.partial").write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
         os.replace(folder / "run.yaml.partial", folder / "run.yaml")
+    if getattr(args, "world_size", 1) > 1:
+        args.distributed_state.wait_for_everyone()
+        give_up = time.monotonic() + SHARED_WITHIN
+        while not (folder / "run.yaml").is_file():
+            if time.monotonic() > give_up:
+                raise UserError(
+                    f"output_dir: {folder} of the first process cannot be seen here: all machines must share it"
+                )
+            time.sleep(0.1)
 
 
 _locks = []  # open files: closing one gives its folder up

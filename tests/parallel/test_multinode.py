@@ -8,10 +8,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from llm_recipes import outputs
 from llm_recipes.checkpoints import checkpoints, damage
+from llm_recipes.errors import UserError
 from tests.running import PRETRAIN, ROOT, TINY_MODEL, Result, curve, difference, launch, write_texts
 
 FULL = pytest.mark.skipif(not os.environ.get("LLM_RECIPES_FULL"), reason="the full matrix: LLM_RECIPES_FULL=1")
@@ -152,3 +155,13 @@ def test_nodes_with_different_data_are_told(tiny):
         assert node.code != 0
         assert "the processes do not see the same data or tokenizer: share the files between the machines" in node.err
     assert not Path("out").exists()
+
+
+def test_an_output_dir_that_is_not_shared_is_said_before_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(outputs, "SHARED_WITHIN", 0.3)
+    state = SimpleNamespace(wait_for_everyone=lambda: None)
+    args = SimpleNamespace(output_dir=str(tmp_path / "out"), world_size=2, distributed_state=state)
+    with pytest.raises(UserError, match="cannot be seen here: all machines must share it"):
+        outputs.claim(args, False, {"config": {}, "identity": {}})
+    assert not Path(args.output_dir).exists()
