@@ -228,7 +228,8 @@ def protect(trainer: Trainer, after_save=None, spike_guard: SpikeGuard | None = 
         if previous:
             size = sum(f.stat().st_size for f in previous.rglob("*") if f.is_file())
         else:
-            trained = (p for p in trainer.model.parameters() if p.requires_grad)
+            whole = getattr(trainer.model, "split", None)  # then this process has a part
+            trained = (p for p in (whole.shape if whole else trainer.model).parameters() if p.requires_grad)
             size = CHECKPOINT_BYTES * sum(
                 getattr(p, "ds_numel", p.numel()) for p in trained
             )  # whole, though ZeRO-3 sharded it

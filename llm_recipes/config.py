@@ -427,7 +427,7 @@ def parse(*dataclass_types, script: str, argv: list[str] | None = None) -> tuple
     required = [key for key, default in defaults.items() if default is dataclasses.MISSING]
     problems += [f"{_relative(path)}: `{key}` is missing" for key in required if key not in {k for _, k, _ in given}]
     if not problems and "per_device_train_batch_size" in hints:
-        problems = _derive(values) + check_launch()
+        problems = check_launch() or _derive(values)
     if problems:
         raise UserError("\n".join(problems))
     try:

@@ -50,7 +50,9 @@ class _Guard(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         check_model(self.trainer)
         if args.world_size > 1 and self.seen is not None:
-            self.training_step, self.trainer.training_step = self.trainer.training_step, self.look
+            self.seen.reset()
+            if self.trainer.training_step != self.look:  # it is, when a rollback came before the first step was over
+                self.training_step, self.trainer.training_step = self.trainer.training_step, self.look
 
     def look(self, model, inputs, *rest, **kwargs):
         """In the place of `training_step` until the first step is over."""
@@ -89,11 +91,12 @@ def check_model(trainer: Trainer) -> None:
             raise UserError(f"asked for {strategy}, but DeepSpeed runs stage {stage}")
         if stage < 3:
             local = sum(part.numel() for part in engine.optimizer.single_partition_of_fp32_groups)
-    elif ways.own:
-        whole = sum(p.numel() for p in model.split.shape.parameters())
-    if local / whole > (1 + 1 / ways.shards) / 2:
+    if ways.pp > 1 and whole >= sum(p.numel() for p in model.split.shape.parameters()):
+        raise UserError(f"asked for {strategy}, but this process has the layers of all stages")
+    shards = ways.shards // ways.pp  # within a stage, whose share of the model depends on the embedding
+    if local / whole > (1 + 1 / shards) / 2:
         raise UserError(
-            f"{strategy} should leave each process 1/{ways.shards} of the weights, and this one holds {local / whole:.0%} of them"
+            f"{strategy} should leave each process 1/{shards} of the weights, and this one holds {local / whole:.0%} of them"
         )
 
 

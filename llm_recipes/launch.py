@@ -83,7 +83,7 @@ def layout() -> Layout:
                 sizes = accelerate_yaml.read(accelerate_yaml.launch_file())
                 os.environ[f"PARALLELISM_CONFIG_{kind.upper()}_SIZE"] = str(sizes[f"{kind}_size"])
         names = [field.name for field in dataclasses.fields(Layout) if field.name != "own"]
-        given = {name: int(os.environ[f"PARALLELISM_CONFIG_{name.upper()}_SIZE"]) for name in names}
+        given = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", 1)) for name in names}
         given["own"] = not (_flag("ACCELERATE_USE_FSDP") or _flag("ACCELERATE_USE_DEEPSPEED"))
     found = Layout(**given)
     if not given or (found.data == 1 and found.sp > 1):  # DeepSpeed deals what is left to data parallel
@@ -146,7 +146,8 @@ def state_bytes(strategy: str, shards: int) -> float:
 
 def check_launch() -> list[str]:
     """Problems of the launch itself, found before any process group exists."""
-    problems = accelerate_yaml.lint(accelerate_yaml.launch_file(), accelerate_yaml.launch_options())
+    if problems := accelerate_yaml.lint(accelerate_yaml.launch_file(), accelerate_yaml.launch_options()):
+        return problems
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = _devices()
     if devices and local > devices:
@@ -157,7 +158,7 @@ def check_launch() -> list[str]:
             "or set CUDA_VISIBLE_DEVICES=0 for one"
         )
     ways, world_size = layout(), int(os.environ.get("WORLD_SIZE", 1))
-    if ways.size != world_size and not problems:  # under another launcher there is no YAML
+    if ways.size != world_size:  # under another launcher there is no YAML whose sizes could have been checked
         sizes = " x ".join(
             f"{key} {size}" for key, size in dataclasses.asdict(ways).items() if size > 1 and key != "ep"
         )

@@ -10,13 +10,17 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 PART = re.compile(r"(?:[^.\d][^.]*\.)+\d+(?=\.|$)|[^.]+")  # a name up to its first number, else its first word
 
 
+def compiles(args: TrainingArguments) -> bool:
+    """True where the recipe or the launcher asks for torch.compile."""
+    return args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+
+
 def monitor_problems(kinds: list[str], strategy: str, args: TrainingArguments) -> list[str]:
     """Why `kinds` cannot be monitored in this run; `strategy` as from `launch.asked_strategy`."""
-    compiled = args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
     checks = {
         f"{strategy} leaves no process with whole weights and gradients": strategy not in ("single process", "DDP"),
         f"logging_strategy: {args.logging_strategy.value} has no logging steps": args.logging_strategy != "steps",
-        "activations: compiled code skips hooks added after its first call": "activations" in kinds and compiled,
+        "activations: compiled code skips hooks added after its first call": "activations" in kinds and compiles(args),
     }
     return [f"monitor: {problem}" for problem, found in checks.items() if kinds and found]
 

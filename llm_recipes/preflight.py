@@ -302,7 +302,7 @@ def launch_lines(args: TrainingArguments, run: RunConfig, parameters: int, train
     strategy, trained = asked_strategy(), trained or parameters
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     dtype = "fp8" if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8" else dtype
-    shards = layout().shards
+    shards, average = layout().shards, " on average" if layout().pp > 1 else ""
     frozen = 4 * (parameters - trained) / (1 if "ZeRO-1" in strategy or "ZeRO-2" in strategy else shards)
     memory = frozen + state_bytes(strategy, shards) * trained
     return [
@@ -310,7 +310,7 @@ def launch_lines(args: TrainingArguments, run: RunConfig, parameters: int, train
         ("strategy", idle_devices()),
         (
             "memory",
-            f"{memory / 1e6:,.0f} MB a device for weights, gradients and AdamW's states, activations on top",
+            f"{memory / 1e6:,.0f} MB a device{average} for weights, gradients and AdamW's states, activations on top",
         ),
         ("output", f"{args.output_dir}; a checkpoint is about {CHECKPOINT_BYTES * trained / 1e6:,.0f} MB"),
         ("hub", f"will push to {repo_id(args)}" if run.push_to_hub else None),

@@ -10,16 +10,13 @@ from functools import partial
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 from transformers import AttentionInterface, Trainer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llm_recipes import _compat
 from llm_recipes.launch import layout
-from llm_recipes.pipeline.driving import _eval_batches
-
-RING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+from llm_recipes.pipeline.driving import eval_batches
 
 
 def split_sequences(trainer: Trainer) -> None:
@@ -31,33 +28,23 @@ def split_sequences(trainer: Trainer) -> None:
     if ways.cp * ways.sp == 1:
         return
     trainer.get_tp_size = lambda: ways.sp  # ranks that count the same targets; those of cp the Trainer knows
-    trainer.get_eval_dataloader = lambda dataset=None: _eval_batches(trainer, dataset or trainer.eval_dataset)
+    trainer.get_eval_dataloader = lambda dataset=None: eval_batches(trainer, dataset or trainer.eval_dataset)
     if ways.sp > 1:
         mesh = init_device_mesh(trainer.args.device.type, (ways.data, ways.sp), mesh_dim_names=("data", "sp"))["sp"]
 
     def split(model, inputs):
         shifted = pad(inputs["labels"][:, 1:], (0, 1), value=-100)
-        positions = torch.arange(shifted.shape[1], device=shifted.device).expand_as(shifted)
+        positions = torch.arange(shifted.shape[1], device=shifted.device).repeat(len(shifted), 1)
         parts = {"input_ids": inputs["input_ids"], "shift_labels": shifted, "position_ids": positions}
         if ways.cp > 1:  # torch cuts them in place, a piece from the front and one from the back for each rank
-            parts = {key: whole.clone() for key, whole in parts.items()}
-            attention = partial(_ring, trainer.accelerator, list(parts.values()))
+            cut = trainer.accelerator.maybe_context_parallel
+            attention = partial(cut, buffers=list(parts.values()), buffer_seq_dims=[1] * len(parts))
         else:
             parts = {key: whole.chunk(ways.sp, 1)[mesh.get_local_rank()].contiguous() for key, whole in parts.items()}
             attention = partial(_ulysses, mesh)
         return attention, parts | {"labels": parts["shift_labels"]}
 
     _compat.split_inputs(trainer, split)
-
-
-@contextlib.contextmanager
-def _ring(accelerator, parts: list[torch.Tensor]):
-    """Cuts `parts` `(B, T)`; SDPA is ring attention, and never the plain formula, which would mask by place in the part."""
-    cut = accelerator.maybe_context_parallel(
-        buffers=parts, buffer_seq_dims=[1] * len(parts), no_restore_buffers=set(parts)
-    )
-    with cut, sdpa_kernel(RING):
-        yield
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """What a layout asks of a model and of a run, found before anything is split."""
 
+import os
+
 from transformers import PreTrainedConfig, TrainingArguments
 from transformers.distributed import DistributedConfig
 
@@ -7,6 +9,7 @@ from llm_recipes import _compat
 from llm_recipes.config import ObjectiveConfig, OptimizationConfig, WindowConfig, micro_batch
 from llm_recipes.launch import asked_strategy, global_batch, layout
 from llm_recipes.metrics import meta_model
+from llm_recipes.monitor import compiles
 from llm_recipes.objectives import SHIFTED
 from llm_recipes.pipeline.stages import SCHEDULES, V_SHAPED
 
@@ -29,12 +32,19 @@ def layout_problems(
     refused = {
         f"objective: {objective.objective}": objective.objective not in SHIFTED,
         "fp16": args.fp16,
-        "torch_compile": args.torch_compile,
+        "mixed_precision: fp8": os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8",
+        "compiling": compiles(args),
         "use_liger_kernel": args.use_liger_kernel,
         "load_best_model_at_end": args.load_best_model_at_end,
         "hub_strategy: every_save": args.hub_strategy == "every_save",
     }
     problems += [f"{key} is not taken under {strategy}" for key, found in refused.items() if found]
+    if ways.tp > 1:
+        problems += [
+            f"{key} {share} is not taken under TP {ways.tp}, whose ranks would not drop the same: set it to 0"
+            for key, share in config.to_dict().items()
+            if "drop" in key and isinstance(share, float) and share
+        ]
     heads = {key: getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")}
     problems += [f"{key} {n} does not divide over TP {ways.tp}" for key, n in heads.items() if n and n % ways.tp]
     try:
@@ -100,7 +110,7 @@ def _pipeline_problems(
     size, sizes = global_batch(args), []
     if ramp := optimization.batch_size_ramp:
         sizes = [ramp.start * ramp.factor**i for i in range(64) if ramp.start * ramp.factor**i < size]
-    for batch in [*sizes, size]:
+    for batch in (b for b in [*sizes, size] if b > 0 and b % layout().data == 0):  # others are refused with the ramp
         share = batch // layout().data
         number = share // micro_batch(share, args.per_device_train_batch_size)
         said = f"a step of {batch} has {number} micro-batches of {share // number}: change per_device_train_batch_size"

@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import Trainer
 
 from llm_recipes import _compat
+from llm_recipes.errors import UserError
 from llm_recipes.launch import layout
 from llm_recipes.pipeline.sharding import Split, gather, names
 from llm_recipes.pipeline.stages import SCHEDULES, stages_of_rank
@@ -104,7 +105,7 @@ def drive(trainer: Trainer, z_loss: float = 0.0) -> None:
         return
     split, args = trainer.model.split, trainer.args
     trainer.get_tp_size = lambda: ways.sharing  # ranks that count the same targets
-    trainer.get_eval_dataloader = lambda dataset=None: _eval_batches(trainer, dataset or trainer.eval_dataset)
+    trainer.get_eval_dataloader = lambda dataset=None: eval_batches(trainer, dataset or trainer.eval_dataset)
 
     def save_model(output_dir=None, _internal_call=False):
         folder = Path(output_dir or args.output_dir)
@@ -147,7 +148,7 @@ def drive(trainer: Trainer, z_loss: float = 0.0) -> None:
     trainer.compute_loss, trainer.training_step, trainer.prediction_step = compute_loss, training_step, prediction_step
 
 
-def _eval_batches(trainer: Trainer, dataset) -> torch.utils.data.DataLoader:
+def eval_batches(trainer: Trainer, dataset) -> torch.utils.data.DataLoader:
     """Held-out batches of this rank: those that see the same sequences in training see the same ones here."""
     size, ways = trainer.args.per_device_eval_batch_size, layout()
     starts = range(ways.data_rank(trainer.args.process_index) * size, len(dataset), size * ways.data)
@@ -182,9 +183,9 @@ def _norm(model: torch.nn.Module, split: Split, greatest: float | None) -> torch
 
 
 def _states(trainer: Trainer) -> dict[str, dict]:
-    """Optimizer states by parameter name, without the mesh that the parameters are on."""
+    """Optimizer states by parameter name, tied ones under each: under another layout they may be two."""
     state = trainer.optimizer.optimizer.state
-    return {name: state[p] for name, p in trainer.model.named_parameters() if p in state}
+    return {name: state[p] for name, p in trainer.model.named_parameters(remove_duplicate=False) if p in state}
 
 
 def _flat(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -208,11 +209,19 @@ def _load(trainer: Trainer, folder: str | None) -> None:
     place = str(Path(folder) / STATE)
     written = dcp.FileSystemReader(place).read_metadata().state_dict_metadata
     optimizer = trainer.optimizer.optimizer
-    for name, p in trainer.model.named_parameters():
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get(
+        "capturable"
+    )  # there the count of steps is read
+    stateful = any(key.startswith("optimizer.") for key in written)
+    for name, p in trainer.model.named_parameters(remove_duplicate=False):
         start = f"optimizer.{name}."
-        for key, meta in ((k.removeprefix(start), m) for k, m in written.items() if k.startswith(start)):
+        found = {key.removeprefix(start): meta for key, meta in written.items() if key.startswith(start)}
+        if stateful and p.requires_grad and not found:
+            raise UserError(f"{folder} has no optimizer state for {name}: it is not of this model")
+        for key, meta in found.items():
             same = torch.Size(meta.size) == p.shape
-            optimizer.state[p][key] = torch.zeros_like(p) if same else torch.zeros(meta.size)
+            alone = torch.zeros(meta.size, device=p.device if on_device else "cpu")
+            optimizer.state[p][key] = torch.zeros_like(p) if same else alone
     own = _flat(trainer)
     read = _compat.plain_shards(own)
     dcp.load(read, checkpoint_id=place)

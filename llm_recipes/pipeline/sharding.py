@@ -102,12 +102,11 @@ def shard(
     if ways.tp > 1:
         apply_tensor_parallelism(model, mesh["tp"], tp_plan)
     tied = tie(model)
-    if ways.ep > 1:
+    if ways.ep > 1:  # the experts have a mesh of their own
         experts = ways.dp_shard * ways.tp // ways.ep
         shape = (ways.pp, ways.dp_replicate, experts, ways.ep)
         expert_mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep"))
         apply_expert_parallelism(model, expert_mesh["ep"], mesh["tp"], ep_plan, ep_implementation="all_to_all")
-    if ways.ep > 1:  # the experts have a mesh of their own
         model.config.distributed_config = config
         apply_fully_sharded_data_parallelism(model, TransformersDeviceMesh(mesh, expert_mesh), fsdp_plan, ep_plan)
         del model.config.distributed_config

@@ -69,6 +69,8 @@ SHORT = {  # in the suite, in one launch for each number of processes
     "PP 2, resumed": Case(2, {"pp": 2}, resumes="PP 2, 1F1B"),
     "TP 2, resumed from PP 2": Case(2, {"tp": 2}, resumes="PP 2, 1F1B"),
     "PP 2, resumed from TP 2": Case(2, {"pp": 2}, resumes="TP 2"),
+    "PP 2, tied, resumed from TP 2": Case(2, {"pp": 2}, "tied", resumes="TP 2, tied"),
+    "TP 2, tied, resumed from PP 2": Case(2, {"tp": 2}, "tied", resumes="PP 2, tied"),
     "FSDP2 2, resumed from TP 2, experts": Case(2, {"dp_shard": 2}, "experts", resumes="TP 2, experts"),
     "EP 2 x FSDP2 2, resumed": Case(2, {"dp_shard": 2, "ep": 2}, "experts", resumes="EP 2 x FSDP2 2"),
     "FSDP2 2 x TP 2": Case(4, {"dp_shard": 2, "tp": 2}, "tied"),

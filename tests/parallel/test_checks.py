@@ -63,6 +63,12 @@ def problems(model=MODEL, objective=None, windows=None, optimization=None, **key
         ({"tp": 4}, {}, "num_key_value_heads 2 does not divide over TP 4"),
         ({"tp": 2}, {"model": {"model_type": "gpt2"}}, "has no `tp_plan`"),
         ({"tp": 2}, {"objective": ObjectiveConfig("masked")}, "objective: masked is not taken under TP 2"),
+        ({"tp": 2}, {"model": MODEL | {"attention_dropout": 0.1}}, "attention_dropout 0.1 is not taken under TP 2"),
+        (
+            {"pp": 2, "dp_shard": 2},
+            {"optimization": OptimizationConfig(batch_size_ramp=Ramp(start=1, steps=2))},  # 1 does not divide: said elsewhere
+            "a step of 2 has 1 micro-batches",
+        ),
         ({"tp": 2}, {"fp16": True}, "fp16 is not taken under TP 2"),
         ({"tp": 2}, {"windows": WindowConfig(32, streaming=True)}, "set streaming: false"),
         ({"tp": 2}, {"hub_strategy": "every_save"}, "hub_strategy: every_save is not taken"),
