@@ -1,8 +1,7 @@
 """A small Llama from transformers to Megatron-Core and back, through mbridge, on CPU processes: bits, and the logits between.
 
-    python -m venv --system-site-packages megatron && . megatron/bin/activate
-    pip install --no-deps megatron-core==0.16.1 mbridge==0.15.1
-    torchrun --nproc-per-node 2 benchmarks/megatron_round_trip.py tp    # or pp
+    pip install --no-deps --target /tmp/megatron megatron-core==0.16.1 mbridge==0.15.1
+    PYTHONPATH=/tmp/megatron torchrun --nproc-per-node 2 benchmarks/megatron_round_trip.py tp    # or pp
 
 mbridge builds Megatron-Core's layers with Transformer Engine, which needs a GPU. Here they are Megatron-Core's own, whose
 norms have other names, and two functions say that there is no GPU.

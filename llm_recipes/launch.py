@@ -86,7 +86,7 @@ def layout() -> Layout:
         given = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", 1)) for name in names}
         given["own"] = not (_flag("ACCELERATE_USE_FSDP") or _flag("ACCELERATE_USE_DEEPSPEED"))
     found = Layout(**given)
-    if not given or (found.data == 1 and found.sp > 1):  # DeepSpeed deals what is left to data parallel
+    if not given:
         kind = "dp_shard" if _flag("ACCELERATE_USE_DEEPSPEED") or _flag("ACCELERATE_USE_FSDP") else "dp_replicate"
         found = dataclasses.replace(found, **{kind: max(world_size // found.size, 1)})
     return found

@@ -99,7 +99,6 @@ FULL = SHORT | {
     "HSDP 2 x 2": Case(4, "hsdp", shim="fsdp_on_cpu"),
     "FSDP2 x CP 2 (ring attention)": Case(2, "fsdp2_cp", shim="ring_on_cpu"),
     "ZeRO-3 x SP 2 (Ulysses)": Case(2, "zero3_sp"),
-    "ZeRO-3 x SP 2 on 4": Case(4, "zero3_sp"),
     "DDP 2 x TP 2": Case(4, {"dp_replicate": 2, "tp": 2}),
     "PP 2 x DDP 2": Case(4, {"pp": 2, "dp_replicate": 2}),
     "PP 4": Case(4, {"pp": 4}),
