@@ -85,7 +85,7 @@ class Batches(torch.utils.data.Sampler):
             raise UserError("batch_size_ramp: a stream is cut into equal batches: set streaming: false")
         ways = layout()
         self.size, self.main, self.limit = size, args.process_index == 0, args.per_device_train_batch_size
-        self.rank, self.ways = ways.data_rank(args.process_index), args.world_size // ways.sharing
+        self.rank, self.ways = ways.data_rank(args.process_index), ways.data
         self.batch_size = global_batch(args)
         self.stages = self._stages(ramp, length) if ramp else []
         self.steps = args.max_steps if args.max_steps > 0 else self._steps_of(math.ceil(args.num_train_epochs * size))

@@ -451,9 +451,7 @@ def make_windows(
         )
     evaluation = None
     if evals:
-        args.per_device_eval_batch_size = micro_batch(
-            batch_size * layout().sharing // args.world_size, args.per_device_eval_batch_size
-        )
+        args.per_device_eval_batch_size = micro_batch(batch_size // layout().data, args.per_device_eval_batch_size)
         whole = concatenate_datasets([part for part in evals if len(part)] or evals)
         evaluation = whole_batches(whole, batch_size, report, args.seed, "held-out windows").with_format("numpy")
     if windows.streaming:

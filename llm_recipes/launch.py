@@ -99,7 +99,7 @@ def offloads_optimizer() -> bool:
 
 def global_batch(args) -> int:
     """Sequences of an optimizer step, over all processes, of TrainingArguments `args`."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size // layout().sharing
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * layout().data
 
 
 def asked_strategy() -> str:

@@ -47,9 +47,11 @@ def test_steps_cover_the_epochs_in_order():
 
 
 @pytest.mark.parametrize(("world_size", "micro", "accumulation"), [(1, 4, 4), (2, 4, 2), (4, 2, 2), (16, 1, 1)])
-def test_world_size_and_micro_batch_change_nothing(world_size, micro, accumulation):
+def test_world_size_and_micro_batch_change_nothing(world_size, micro, accumulation, monkeypatch):
     """The ranks' parts of a step, in order, are the step; each is cut into equal micro-batches."""
     ramp = None if world_size == 16 else Ramp(start=4, steps=2)
+    whole = Batches(100, 16, Args(micro=16, max_steps=6), ramp)
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
     for step in range(6):
         parts = [
             Batches(
@@ -57,7 +59,6 @@ def test_world_size_and_micro_batch_change_nothing(world_size, micro, accumulati
             )
             for r in range(world_size)
         ]
-        whole = Batches(100, 16, Args(micro=16, max_steps=6), ramp)
         assert [p for part in parts for p in flat(part, step)] == flat(whole, step)
         assert all(
             len(m) <= micro and len(m) == len(ms[0]) for part in parts for ms in [part.positions(step)] for m in ms
@@ -96,7 +97,8 @@ def test_epochs_become_steps_with_a_ramp():
     [(Ramp(2), 1, "set steps or tokens"), (Ramp(2, 3), 1, "comes after 9 steps, and the run has 9: shorten the ramp"), (Ramp(16, 5), 1, "start must lie between 0 and the full batch of 16"), (Ramp(2, 0), 1, "steps or tokens at least 1"),
      (Ramp(2, 5, factor=1), 1, "factor be at least 2"), (Ramp(3, 5), 2, "a batch of 3 does not divide over 2 processes")],
 )  # fmt: skip
-def test_ramps_that_do_not_fit(ramp, world_size, message):
+def test_ramps_that_do_not_fit(ramp, world_size, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
     with pytest.raises(UserError, match=message):
         Batches(100, 16, Args(micro=16 // world_size, world_size=world_size, max_steps=9), ramp)
 
