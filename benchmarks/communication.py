@@ -28,6 +28,8 @@ CASES |= {"fsdp2": "fsdp_on_cpu", "fsdp2_cp": "ring_on_cpu"}
 class Count(TorchDispatchMode, TrainerCallback):
     """Of the last step, without what is below 1 kB: numbers of targets, flags, rotary frequencies."""
 
+    seen: dict = {}  # noqa: RUF012
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if DTensor in types:  # its own code comes first, and communicates with plain tensors
             return NotImplemented
@@ -38,25 +40,22 @@ class Count(TorchDispatchMode, TrainerCallback):
             self.seen[name] = self.seen.get(name, 0) + size * (size > 1000)
         return found
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.seen = {}
-
     def on_step_end(self, args, state, control, **kwargs):
         Path(args.output_dir, f"sent{args.process_index}.json").write_text(json.dumps(self.seen))
+        self.seen = {}
 
 
 if __name__ == "__main__" and "RANK" in os.environ:  # a process of the launch below
     sys.argv[0] = str(ROOT / "recipes/pretrain/run.py")
-    with Count() as counted:
-        counted.seen = {}
-        trainer.DEFAULT_CALLBACKS.append(counted)
+    trainer.DEFAULT_CALLBACKS.append(counted := Count())
+    with counted:
         runpy.run_path(sys.argv[0], run_name="__main__")
 elif __name__ == "__main__":
     os.chdir(tempfile.mkdtemp())
     for name in sys.argv[1:] or CASES:
         sizes = {"max_steps": 2, "global_batch_size": 8, "per_device_train_batch_size": 2, "sequence_length": 64}
-        model = MIXTRAL | {"num_hidden_layers": 4} if name == "ep" else MODEL
-        argv = ["--config", write_config(Path.cwd(), model_config=model, **sizes), "--output_dir", name]
+        sizes["model_config"] = MIXTRAL | {"num_hidden_layers": 4} if name == "ep" else MODEL
+        argv = ["--config", write_config(Path.cwd(), **sizes), "--output_dir", name]
         done = launch(name, *argv, script=Path(__file__).resolve(), fault=CASES[name], timeout=600)
         assert done.code == 0, done.err[-3000:]
         sent = [json.loads(Path(name, f"sent{rank}.json").read_text()) for rank in (0, 1)]
