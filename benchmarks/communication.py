@@ -1,7 +1,6 @@
 """Bytes a process gives to collectives in one step (of an all-gather: what it gets), by strategy, mean of two CPU processes.
 
-python benchmarks/communication.py            # a launch for each strategy of docs/parallelism.md, which has the formulas
-python benchmarks/communication.py tp ep      # some of them
+python benchmarks/communication.py [tp ep ...]    # a launch for each strategy of docs/parallelism.md, which has the formulas
 """
 
 import json

@@ -83,6 +83,7 @@ FULL = SHORT | {
     "DDP 2": Case(2, "ddp"),
     "DDP 2, resumed": Case(2, "ddp", resumes="DDP 2"),
     "DDP 4": Case(4, "ddp"),
+    "DDP 4, resumed from 2": Case(4, "ddp", resumes="DDP 2"),
     **{f"ZeRO-{stage} on 2": Case(2, f"zero{stage}") for stage in (1, 2, 3)},
     **{f"ZeRO-{stage} on 2, resumed": Case(2, f"zero{stage}", resumes=f"ZeRO-{stage} on 2") for stage in (1, 2, 3)},
     **{f"ZeRO-{stage} on 4, resumed from 2": Case(4, f"zero{stage}", resumes=f"ZeRO-{stage} on 2") for stage in (2, 3)},
