@@ -180,6 +180,8 @@ def _across(values: dict, given: dict) -> Iterator[tuple[str, str]]:
     kind, processes, machines = (given.get(key) for key in ("distributed_type", "num_processes", "num_machines"))
     if kind == "MULTI_CPU":
         yield "distributed_type", "MULTI_CPU starts one process: MULTI_GPU starts all of them, on CPUs too"
+    if kind == "MEGATRON_LM":
+        yield "distributed_type", "MEGATRON_LM is not driven by these recipes: see docs/parallelism.md"
     if kind == "NO" and (processes or 1) > 1:
         yield "num_processes", f"distributed_type 'NO' starts one process, not {processes}: write MULTI_GPU"
     if given.get("use_cpu") and kind not in ("NO", "MULTI_CPU"):
@@ -203,11 +205,12 @@ def _across(values: dict, given: dict) -> Iterator[tuple[str, str]]:
         if not os.path.isfile(file):
             yield "deepspeed_config_file", f"deepspeed_config_file: {file} does not exist, seen from {Path.cwd()}"
     if values.get("parallelism_config"):
-        yield from _sizes(kind, processes, {key.split("_config_")[1]: given.get(key, 1) for key in SIZES})
+        yield from size_problems(kind, processes, {key.split("_config_")[1]: given.get(key, 1) for key in SIZES})
 
 
-def _sizes(kind: str, processes: int | None, sizes: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """The same for parallelism_config."""
+def size_problems(kind: str, processes: int | None, sizes: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """The same for parallelism_config: its seven `sizes` under distributed_type `kind` on `processes`, if known."""
+    sizes = dict(sizes)
     ep, tp, shard = sizes.pop("ep_size"), sizes["tp_size"], sizes["dp_shard_size"]
     total = math.prod(sizes.values())
     if processes and total != processes:
@@ -220,9 +223,11 @@ def _sizes(kind: str, processes: int | None, sizes: dict[str, int]) -> Iterator[
             say = f"must divide dp_shard_size x tp_size, {shard} x {tp}, and be a multiple of tp_size"
             yield "parallelism_config_ep_size", f"parallelism_config_ep_size {ep} {say}"
         return
-    for key, readers in (("dp_shard_size", ["FSDP", "DEEPSPEED"]), ("cp_size", ["FSDP"]), ("sp_size", ["DEEPSPEED"])):
-        if sizes[key] > 1 and kind not in readers:
-            yield f"parallelism_config_{key}", f"{key} {sizes[key]} needs {' or '.join(readers)}, not {kind}"
+    for key, reader in (("cp_size", "FSDP"), ("sp_size", "DEEPSPEED")):
+        if sizes[key] > 1 and kind != reader:
+            yield f"parallelism_config_{key}", f"{key} {sizes[key]} needs {reader}, not {kind}"
+    if kind == "DEEPSPEED" and sizes["dp_replicate_size"] > 1:
+        yield "parallelism_config_dp_replicate_size", "DeepSpeed keeps no replicas: write dp_shard_size"
     if kind == "FSDP" and shard == sizes["cp_size"] == 1:
         yield "parallelism_config", "FSDP has nothing to shard over: dp_shard_size and cp_size are both 1"
     try:

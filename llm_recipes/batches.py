@@ -240,4 +240,15 @@ def train_on(trainer: Trainer, examples: Examples, batches: Batches, objective: 
 
     trainer.get_train_dataloader, trainer.get_batch_samples = dataloader, next_step
     trainer.training_step, trainer.floating_point_ops = accumulate, flops
+    if (ways := layout()).sharing > 1:
+        trainer.get_tp_size = lambda: ways.sharing // ways.cp  # ranks that count the same targets; those of cp it knows
+        trainer.get_eval_dataloader = lambda dataset=None: _shared_batches(trainer, dataset or trainer.eval_dataset)
     split_sequences(trainer)
+
+
+def _shared_batches(trainer: Trainer, dataset) -> torch.utils.data.DataLoader:
+    """Held-out batches of this rank: those that see the same sequences in training see the same ones here."""
+    size, ways = trainer.args.per_device_eval_batch_size, layout()
+    starts = range(ways.data_rank(trainer.args.process_index) * size, len(dataset), size * ways.data)
+    batches = [list(range(start, start + size)) for start in starts]
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=trainer.data_collator)

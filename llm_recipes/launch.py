@@ -5,7 +5,6 @@ import dataclasses
 import glob
 import importlib.util
 import os
-import re
 import shutil
 import sysconfig
 import time
@@ -74,6 +73,9 @@ class Layout:
         return self.size // self.dp_replicate
 
 
+SIZES = [field.name for field in dataclasses.fields(Layout) if field.name != "own"]
+
+
 def layout() -> Layout:
     """The layout asked for: parallelism_config of the launcher's YAML, or what the strategy makes of all processes."""
     world_size, given = int(os.environ.get("WORLD_SIZE", 1)), {}
@@ -82,8 +84,7 @@ def layout() -> Layout:
             if f"PARALLELISM_CONFIG_{kind.upper()}_SIZE" not in os.environ:
                 sizes = accelerate_yaml.read(accelerate_yaml.launch_file())
                 os.environ[f"PARALLELISM_CONFIG_{kind.upper()}_SIZE"] = str(sizes[f"{kind}_size"])
-        names = [field.name for field in dataclasses.fields(Layout) if field.name != "own"]
-        given = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", 1)) for name in names}
+        given = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", 1)) for name in SIZES}
         given["own"] = not (_flag("ACCELERATE_USE_FSDP") or _flag("ACCELERATE_USE_DEEPSPEED"))
     found = Layout(**given)
     if not given:
@@ -129,8 +130,7 @@ def checkpoint_format() -> str:
         return "the layouts of llm_recipes.pipeline"
     if _flag("ACCELERATE_USE_FSDP"):  # neither kind can be read as the other
         return f"FSDP2 with {os.environ.get('FSDP_STATE_DICT_TYPE', 'SHARDED_STATE_DICT')}"
-    sharded = strategy.startswith("DeepSpeed")
-    name = re.match(r"(DeepSpeed )?[\w-]+", strategy).group() if sharded else "DDP or a single process"
+    name = strategy.split(" x ")[0] if strategy.startswith("DeepSpeed") else "DDP or a single process"
     return f"{name} with the optimizer in host memory" if offloads_optimizer() else name
 
 
@@ -158,22 +158,11 @@ def check_launch() -> list[str]:
             "or set CUDA_VISIBLE_DEVICES=0 for one"
         )
     ways, world_size = layout(), int(os.environ.get("WORLD_SIZE", 1))
-    if ways.size != world_size:  # under another launcher there is no YAML whose sizes could have been checked
-        sizes = " x ".join(
-            f"{key} {size}" for key, size in dataclasses.asdict(ways).items() if size > 1 and key != "ep"
-        )
-        problems.append(
-            f"parallelism_config says {sizes or 'one process'}, which is {ways.size} processes, and {world_size} were started: "
-            f"--num_processes {ways.size}, or other sizes"
-        )
-    if not ways.own and max(ways.pp, ways.tp, ways.ep) > 1:
-        problems.append(
-            "parallelism_config: pp, tp and ep need distributed_type: MULTI_GPU, dp_shard included: Accelerate would skip them"
-        )
-    if ways.own and ways.cp * ways.sp > 1:
-        problems.append(
-            "parallelism_config: cp needs distributed_type: FSDP, sp DEEPSPEED, and neither goes with pp, tp or ep"
-        )
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false") != "false":  # not every launcher has a YAML
+        kinds = {"ACCELERATE_USE_DEEPSPEED": "DEEPSPEED", "ACCELERATE_USE_FSDP": "FSDP"}
+        kind = next((kind for name, kind in kinds.items() if _flag(name)), "MULTI_GPU")
+        sizes = {f"{name}_size": getattr(ways, name) for name in SIZES}
+        problems += [sentence for _, sentence in accelerate_yaml.size_problems(kind, world_size, sizes)]
     if ways.own or ways.sp > 1:  # Accelerate must not split it as well
         os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "own"
     if _flag("ACCELERATE_USE_FSDP") and not devices:

@@ -16,7 +16,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llm_recipes import _compat
 from llm_recipes.launch import layout
-from llm_recipes.pipeline.driving import eval_batches
 
 
 def split_sequences(trainer: Trainer) -> None:
@@ -27,8 +26,6 @@ def split_sequences(trainer: Trainer) -> None:
     ways = layout()
     if ways.cp * ways.sp == 1:
         return
-    trainer.get_tp_size = lambda: ways.sp  # ranks that count the same targets; those of cp the Trainer knows
-    trainer.get_eval_dataloader = lambda dataset=None: eval_batches(trainer, dataset or trainer.eval_dataset)
     if ways.sp > 1:
         mesh = init_device_mesh(trainer.args.device.type, (ways.data, ways.sp), mesh_dim_names=("data", "sp"))["sp"]
 

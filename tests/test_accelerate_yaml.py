@@ -121,7 +121,7 @@ def sized(text, **sizes):
         (DDP + "parallelism_config:\n  tp_size: 2\n", ["4: parallelism_config: unknown key `tp_size`"]),
         (sized(FSDP, dp_shard=4), []),
         (sized(FSDP, dp_shard=2, tp=2), ["1: tp_size, pp_size and ep_size need MULTI_GPU, not FSDP"]),
-        (sized(DDP, dp_shard=4), ["4: dp_shard_size 4 needs FSDP or DEEPSPEED, not MULTI_GPU"]),
+        (sized(DDP, dp_shard=4), []),
         (sized(ZERO, cp=4), ["6: cp_size 4 needs FSDP, not DEEPSPEED"]),
         (sized(ZERO, dp_shard=2, sp=2), []),
         (sized(FSDP, dp_replicate=4), ["5: FSDP has nothing to shard over: dp_shard_size and cp_size are both 1"]),

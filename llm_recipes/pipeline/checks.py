@@ -3,7 +3,6 @@
 import os
 
 from transformers import PreTrainedConfig, TrainingArguments
-from transformers.distributed import DistributedConfig
 
 from llm_recipes import _compat
 from llm_recipes.config import ObjectiveConfig, OptimizationConfig, WindowConfig, micro_batch
@@ -11,6 +10,7 @@ from llm_recipes.launch import asked_strategy, global_batch, layout
 from llm_recipes.metrics import meta_model
 from llm_recipes.monitor import compiles
 from llm_recipes.objectives import SHIFTED
+from llm_recipes.pipeline.sharding import distributed_config
 from llm_recipes.pipeline.stages import SCHEDULES, V_SHAPED
 
 
@@ -33,7 +33,7 @@ def layout_problems(
         f"objective: {objective.objective}": objective.objective not in SHIFTED,
         "fp16": args.fp16,
         "mixed_precision: fp8": os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8",
-        "compiling": compiles(args),
+        "torch_compile": compiles(args),
         "use_liger_kernel": args.use_liger_kernel,
         "load_best_model_at_end": args.load_best_model_at_end,
         "hub_strategy: every_save": args.hub_strategy == "every_save",
@@ -48,13 +48,7 @@ def layout_problems(
     heads = {key: getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")}
     problems += [f"{key} {n} does not divide over TP {ways.tp}" for key, n in heads.items() if n and n % ways.tp]
     try:
-        sizes = {
-            "tp_size": ways.tp,
-            "fsdp_size": ways.dp_shard,
-            "dp_replicate_size": ways.dp_replicate,
-            "ep_size": ways.ep,
-        }
-        _compat.parallel_plans(meta_model(config), DistributedConfig(**sizes))
+        _compat.parallel_plans(meta_model(config), distributed_config(ways))
     except ValueError as error:
         problems.append(f"{config.model_type} under {strategy}: {' '.join(str(error).split())}")
     if ways.pp > 1 and ways.ep > 1:
@@ -84,7 +78,7 @@ def _sequence_problems(
             "the balance loss of experts needs whole sequences: no cp or sp, or output_router_logits: false"
         )
     refused = {key: getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")}
-    refused |= {key: getattr(args, key) for key in ("torch_compile", "use_liger_kernel")}
+    refused |= {"torch_compile": compiles(args), "use_liger_kernel": args.use_liger_kernel}
     return problems + [f"{key} is not taken under {strategy}" for key, found in refused.items() if found]
 
 

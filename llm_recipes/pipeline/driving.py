@@ -104,8 +104,6 @@ def drive(trainer: Trainer, z_loss: float = 0.0) -> None:
     if not ways.own:
         return
     split, args = trainer.model.split, trainer.args
-    trainer.get_tp_size = lambda: ways.sharing  # ranks that count the same targets
-    trainer.get_eval_dataloader = lambda dataset=None: eval_batches(trainer, dataset or trainer.eval_dataset)
 
     def save_model(output_dir=None, _internal_call=False):
         folder = Path(output_dir or args.output_dir)
@@ -148,18 +146,9 @@ def drive(trainer: Trainer, z_loss: float = 0.0) -> None:
     trainer.compute_loss, trainer.training_step, trainer.prediction_step = compute_loss, training_step, prediction_step
 
 
-def eval_batches(trainer: Trainer, dataset) -> torch.utils.data.DataLoader:
-    """Held-out batches of this rank: those that see the same sequences in training see the same ones here."""
-    size, ways = trainer.args.per_device_eval_batch_size, layout()
-    starts = range(ways.data_rank(trainer.args.process_index) * size, len(dataset), size * ways.data)
-    batches = [list(range(start, start + size)) for start in starts]
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=trainer.data_collator)
-
-
 @torch.no_grad()
 def _norm(model: torch.nn.Module, split: Split, greatest: float | None) -> torch.Tensor:
     """Norm of the gradients of all stages, clipped to `greatest` if given. Tied weights held twice get one gradient first."""
-    params = {name: p for name, p in model.named_parameters() if p.grad is not None}
     if split.tied:
         ends = {model.get_input_embeddings(), model.get_output_embeddings()}
         weight = next(module.weight for module in ends if hasattr(module, "weight"))
@@ -167,7 +156,7 @@ def _norm(model: torch.nn.Module, split: Split, greatest: float | None) -> torch
             weight.grad = weight.grad.redistribute(placements=weight.placements)
         dist.all_reduce(weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad, group=split.tied)
     by_mesh = {}
-    for p in params.values():
+    for p in (p for p in model.parameters() if p.grad is not None):
         by_mesh.setdefault(p.grad.device_mesh if isinstance(p.grad, DTensor) else None, []).append(p)
     head = split.tied and getattr(model.get_output_embeddings(), "weight", None)  # counted where the embedding is
     squares = torch.zeros((), device=next(model.parameters()).device)
@@ -182,16 +171,12 @@ def _norm(model: torch.nn.Module, split: Split, greatest: float | None) -> torch
     return total
 
 
-def _states(trainer: Trainer) -> dict[str, dict]:
-    """Optimizer states by parameter name, tied ones under each: under another layout they may be two."""
-    state = trainer.optimizer.optimizer.state
-    return {name: state[p] for name, p in trainer.model.named_parameters(remove_duplicate=False) if p in state}
-
-
 def _flat(trainer: Trainer) -> dict[str, torch.Tensor]:
-    found = {f"model.{name}": tensor for name, tensor in names(trainer.model).items()}
-    for name, state in _states(trainer).items():
-        found |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
+    """Weights and optimizer states by parameter name, tied ones under each: under another layout they may be two."""
+    state, found = trainer.optimizer.optimizer.state, {}
+    for name, tensor in names(trainer.model).items():
+        found[f"model.{name}"] = tensor
+        found |= {f"optimizer.{name}.{key}": value for key, value in state.get(tensor, {}).items()}
     return found
 
 
@@ -209,9 +194,9 @@ def _load(trainer: Trainer, folder: str | None) -> None:
     place = str(Path(folder) / STATE)
     written = dcp.FileSystemReader(place).read_metadata().state_dict_metadata
     optimizer = trainer.optimizer.optimizer
-    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get(
-        "capturable"
-    )  # there the count of steps is read
+    on_device = any(
+        optimizer.defaults.get(key) for key in ("fused", "capturable")
+    )  # the kernel reads the count of steps
     stateful = any(key.startswith("optimizer.") for key in written)
     for name, p in trainer.model.named_parameters(remove_duplicate=False):
         start = f"optimizer.{name}."

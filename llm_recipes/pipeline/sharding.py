@@ -74,6 +74,14 @@ def device_mesh(ways: Layout, device: str) -> DeviceMesh:
     return init_device_mesh(device, shape, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
 
 
+def distributed_config(ways: Layout, bf16: bool = False) -> DistributedConfig:
+    """The layout of one stage in the words of transformers."""
+    return DistributedConfig(
+        tp_size=ways.tp, fsdp_size=ways.dp_shard, dp_replicate_size=ways.dp_replicate, ep_size=ways.ep,
+        fsdp_mixed_precision=bf16,
+    )  # fmt: skip
+
+
 def shard(
     model: PreTrainedModel, ways: Layout, mesh: DeviceMesh, schedule: str, bf16: bool = False
 ) -> tuple[list[int], list[Stage]]:
@@ -82,10 +90,7 @@ def shard(
 
     With `bf16` weights are gathered and multiplied in bf16, gradients reduced in fp32, and the loss keeps its precision.
     """
-    config = DistributedConfig(
-        tp_size=ways.tp, fsdp_size=ways.dp_shard, dp_replicate_size=ways.dp_replicate, ep_size=ways.ep,
-        fsdp_mixed_precision=bf16,
-    )  # fmt: skip
+    config = distributed_config(ways, bf16)
     tp_plan, ep_plan, fsdp_plan = _compat.parallel_plans(model, config)
     numbers, stages = [], []
     if ways.pp * ways.tp > 1:

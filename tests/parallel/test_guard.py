@@ -24,7 +24,7 @@ CASES = {
     "3 FSDP becomes DDP, seen late": ("fsdp2", {}, [], "no_launch_check", "asked for FSDP2 on 2 processes, but DDP on 2"),
     "4 tensor parallel is skipped": (
         "fsdp2", {"parallelism_config": {"parallelism_config_tp_size": 2}}, [], "",
-        "pp, tp and ep need distributed_type: MULTI_GPU",
+        "tp_size, pp_size and ep_size need MULTI_GPU, not FSDP: we split the model",
     ),
     "7 a misspelt key": (
         "zero3", {"deepspeed_config": {"zero_stage": 3, "ofload_param_device": "cpu"}}, [], "",
