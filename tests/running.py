@@ -183,6 +183,10 @@ def _child(script, argv, fault, env, folder):
     for name, stream in (("child.out", sys.stdout), ("child.err", sys.stderr)):
         with open(name, "w") as file:
             os.dup2(file.fileno(), stream.fileno())
+    _script(script, argv, fault)
+
+
+def _script(script, argv, fault=None):
     sys.argv = [script, *argv]
     code = 0
     try:
@@ -362,6 +366,37 @@ def ring_on_cpu():
     ring.custom_ops |= {forward: run_forward, backward: run_backward}
 
 
+def fork_workers():
+    """`accelerate launch` forks its workers, with the slow imports done: two of them take 12 s of CPU time to start anew.
+
+    Whoever asks what command started them gets the true answer.
+    """
+    import psutil
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    launcher, command, cmdline, popen = os.getpid(), list(sys.argv), psutil.Process.cmdline, subprocess.Popen
+    psutil.Process.cmdline = lambda self: command if self.pid == launcher else cmdline(self)
+
+    def start(args, env, **options):
+        script, *argv = [word for word in args[1:] if word != "-u"]
+        worker = multiprocessing.get_context("fork").Process(target=work, args=(script, argv, env))
+        worker.start()
+        return worker._popen
+
+    def work(script, argv, env):
+        os.setsid()
+        subprocess.Popen = popen
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # of the launcher
+            signal.signal(number, signal.SIG_DFL)
+        os.environ.clear()
+        os.environ.update(env)
+        sys.stdout.reconfigure(line_buffering=True)
+        _script(script, argv)
+
+    subprocess.Popen = subprocess_handler.Popen = start
+
+
 def no_launch_check():
     """What is wrong with a launch is not found before the process group exists."""
     from llm_recipes import config
@@ -411,7 +446,7 @@ def count_parameters(step: int):
 FAULTS = {
     f.__name__: f for f in (
         no_launch_check, unsharded, same_rows, count_parameters, send_signal, stop_uncompiled, kill_in_save, poison_step, poison_window, limit_file_size,
-        fsdp_on_cpu, ring_on_cpu,
+        fsdp_on_cpu, ring_on_cpu, fork_workers,
     )
 }  # fmt: skip
 
@@ -425,11 +460,7 @@ def launch(
     `config` may also be the path of another YAML, without its ending. `fault` as in `run`, on one `rank` or on all.
     """
     started = ROOT / "tests/faulty.py" if fault else script
-    command = [
-        Path(sys.executable).parent / "accelerate", "launch", "--config_file", ROOT / "accelerate_configs" / f"{config}.yaml",
-        "--num_processes", processes, "--main_process_port", 0, started, *argv,
-    ]  # fmt: skip
-    env = {key: value for key, value in os.environ.items() if key != "ACCELERATE_USE_CPU"}
-    env |= {"FAULT": fault, "FAULT_SCRIPT": str(script), "FAULT_RANK": "" if rank is None else str(rank)}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout, env=env)
-    return Result(done.returncode, done.stdout, done.stderr)
+    accelerate, yaml = Path(sys.executable).parent / "accelerate", ROOT / "accelerate_configs" / f"{config}.yaml"
+    command = ["launch", "--config_file", yaml, "--num_processes", processes, "--main_process_port", 0, started, *argv]
+    env = {"FAULT": fault, "FAULT_SCRIPT": str(script), "FAULT_RANK": "" if rank is None else str(rank)}
+    return run(*command, script=accelerate, fault="fork_workers", env=env, timeout=timeout)
