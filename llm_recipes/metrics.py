@@ -90,7 +90,7 @@ def peak_flops() -> float | None:
     return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
-def measured_flops(device: torch.device, size: int = 1024, seconds: float = 0.5) -> float:
+def measured_flops(device: torch.device, size: int = 1024, seconds: float = 0.2) -> float:
     """FLOP/s that square fp32 matrix products reach on `device` with this process's threads."""
     a, b = torch.randn(2, size, size, device=device)
     a @ b

@@ -1,6 +1,7 @@
 """Runs recipes in child processes forked from a server that has the slow imports done, with faults on request."""
 
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -22,7 +23,8 @@ PRETRAIN, SFT, REWARD, DPO, PPO = (ROOT / f"recipes/{stage}/run.py" for stage in
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["trl", "deepspeed", "llm_recipes.outputs", "llm_recipes.tokenization", "tests.running"]
+    ["deepspeed", "matplotlib.backends.backend_agg", "matplotlib.figure"]
+    + ["llm_recipes.pipeline.driving", "llm_recipes.ppo.trainer", "llm_recipes.post_training", "tests.running"]
 )
 
 # Of accelerate_configs/, what `asked_strategy` calls it, and the micro-batch of two processes in a test of all of them.
@@ -178,6 +180,7 @@ def run(
 
 
 def _child(script, argv, fault, env, folder):
+    gc.freeze()  # looking through all that is imported takes 0.3 s
     os.chdir(folder)
     os.environ.update(env)
     for name, stream in (("child.out", sys.stdout), ("child.err", sys.stderr)):
@@ -335,12 +338,26 @@ def fsdp_on_cpu():
 
 
 def ring_on_cpu():
-    """`fsdp_on_cpu`, and torch's ring attention takes SDPA's CPU kernel as well: it only knows those for GPUs."""
+    """`fsdp_on_cpu`, and torch's ring attention takes SDPA's CPU kernel as well: it only knows those for GPUs.
+
+    Its exchanges overlap, and the two threads of a gloo group then write one string, the name of the newest operation, at
+    once: about one run of 64 died of a broken heap. Groups have one thread here.
+    """
     import torch
+    from torch.distributed import distributed_c10d as c10d
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.experimental._context_parallel import _attention as ring
 
     fsdp_on_cpu()
+    gloo = c10d.ProcessGroupGloo
+
+    class OneThread(gloo):
+        def __init__(self, store, rank, size, timeout):
+            options = gloo._Options()
+            options._devices, options._threads, options._timeout = [gloo.create_default_device()], 1, timeout
+            super().__init__(store, rank, size, options)
+
+    c10d.ProcessGroupGloo = OneThread
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
