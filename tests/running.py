@@ -22,10 +22,10 @@ STAGES = ("pretrain", "sft", "rlhf/reward", "dpo", "rlhf/ppo")
 PRETRAIN, SFT, REWARD, DPO, PPO = (ROOT / f"recipes/{stage}/run.py" for stage in STAGES)
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["deepspeed", "matplotlib.backends.backend_agg", "matplotlib.figure"]
-    + ["llm_recipes.pipeline.driving", "llm_recipes.ppo.trainer", "llm_recipes.post_training", "tests.running"]
-)
+_context.set_forkserver_preload([
+    "deepspeed", "matplotlib.backends.backend_agg", "matplotlib.figure", "llm_recipes.pipeline.driving",
+    "llm_recipes.ppo.trainer", "llm_recipes.post_training", "tests.running",
+])  # fmt: skip
 
 # Of accelerate_configs/, what `asked_strategy` calls it, and the micro-batch of two processes in a test of all of them.
 STRATEGIES = [("ddp", "DDP", 4), ("zero2", "ZeRO-2", 4), ("zero3", "ZeRO-3", 2), ("fsdp2", "FSDP2", 2)]
