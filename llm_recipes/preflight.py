@@ -37,7 +37,7 @@ from llm_recipes.config import (
 )
 from llm_recipes.diloco import diloco_problems
 from llm_recipes.errors import UserError
-from llm_recipes.launch import asked_strategy, idle_devices, layout, offloads_optimizer, state_bytes
+from llm_recipes.launch import asked_strategy, checkpoint_format, idle_devices, layout, offloads_optimizer, state_bytes
 from llm_recipes.metrics import meta_model, parameter_count
 from llm_recipes.monitor import monitor_problems
 from llm_recipes.objectives import architecture_for, objective_problems
@@ -173,6 +173,10 @@ def run_problems(
         problems.append(f"report_to: {', '.join(sorted(missing))} is not installed: pip install -e '.[track]'")
     if args.hub_strategy not in ("end", "every_save"):
         problems.append(f"hub_strategy: {args.hub_strategy.value} is not supported: use end or every_save")
+    if args.hub_strategy == "every_save" and checkpoint_format().endswith("SHARDED_STATE_DICT"):
+        problems.append(
+            "hub_strategy: every_save needs whole checkpoints: set fsdp_state_dict_type: FULL_STATE_DICT, or hub_strategy: end"
+        )
     if offloads_optimizer() and not args.optim.value.startswith(
         "adamw_torch"
     ):  # Accelerate would put Adam in its place

@@ -127,7 +127,7 @@ def test_objective_learns(objective, tmp_path, monkeypatch):
     path = ROOT / f"recipes/pretrain/{objective}.yaml"
     data = "--sequence_length 64 --tokenizer_vocab_size 512 --eval_fraction 0.004"
     fast = (
-        "--global_batch_size 8 --max_steps 200 --warmup_steps 20 --optimizer muon --learning_rate 1e-2 --eval_steps 50"
+        "--global_batch_size 8 --max_steps 100 --warmup_steps 10 --optimizer muon --learning_rate 1e-2 --eval_steps 25"
     )
     done = run("--config", path, "--output_dir", "out", "--save_strategy", "no", *data.split(), *fast.split())
     assert done.code == 0, done.err

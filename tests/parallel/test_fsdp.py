@@ -15,7 +15,7 @@ from llm_recipes.checkpoints import commit, find_checkpoint
 from llm_recipes.errors import UserError
 from llm_recipes.fsdp import keep_precision
 from tests.parallel.matrix import Case, differences, folder, train
-from tests.running import ROOT, curve
+from tests.running import ROOT, curve, launch
 
 FULL = pytest.mark.skipif(not os.environ.get("LLM_RECIPES_FULL"), reason="the full matrix: LLM_RECIPES_FULL=1")
 ALL = {
@@ -64,6 +64,14 @@ def test_sharded_checkpoints_offloaded_and_recomputed(trained):
     assert len(shards) == 3 and "model.safetensors" not in listed  # a file each, and .metadata
     whole = load_file("sharded/model.safetensors")
     assert sum(t.numel() for t in whole.values()) == json.loads(Path("sharded/metrics.json").read_text())["parameters"]
+
+
+def test_shards_are_not_pushed(place, tiny):
+    """They hold no model.safetensors."""
+    path = tiny(hub_strategy="every_save")
+    done = launch(str(place / "fsdp2_sharded"), "--config", path, fault="fsdp_on_cpu")
+    assert done.code != 0 and "hub_strategy: every_save needs whole checkpoints: set fsdp_state_dict_type" in done.err
+    assert not Path("out").exists()
 
 
 def test_sharded_checkpoint_resumes_as_hsdp_on_four(trained):
