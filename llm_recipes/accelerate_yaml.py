@@ -219,6 +219,8 @@ def size_problems(kind: str, processes: int | None, sizes: dict[str, int]) -> It
     if max(sizes.pop("pp_size"), tp, ep) > 1:
         if kind in ("DEEPSPEED", "FSDP"):
             yield "distributed_type", f"tp_size, pp_size and ep_size need MULTI_GPU, not {kind}: we split the model"
+        if sizes["cp_size"] * sizes["sp_size"] > 1:
+            yield "parallelism_config", "cp_size and sp_size do not go with tp_size, pp_size or ep_size"
         if ep > 1 and (ep % tp or shard * tp % ep):
             say = f"must divide dp_shard_size x tp_size, {shard} x {tp}, and be a multiple of tp_size"
             yield "parallelism_config_ep_size", f"parallelism_config_ep_size {ep} {say}"

@@ -144,9 +144,8 @@ def test_reference_is_that_of_plain_transformers_and_computed_once(one):
     before = cached()
     expected = [sorted(map(tuple, by_hand("chat", read_rows(f"{name}.jsonl")))) for name in ("train", "held")]
     for pairs in expected:
-        candidates = [
-            sorted(found) for _, found in before.values() if len(found) == len(pairs)
-        ]  # others' are there, too
+        # the cache holds references of other tests, too
+        candidates = [sorted(found) for _, found in before.values() if len(found) == len(pairs)]
         assert any(np.allclose(found, pairs, atol=1e-4) for found in candidates)
     done = trained("small", *ONCE, "--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "1")
     assert COMPUTING not in done.err and cached() == before
